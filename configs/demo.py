@@ -1,0 +1,22 @@
+"""The whole method on NumPy-made phantoms: no download, no GPU.
+
+python -m cxai_jax.main --config=configs/demo.py
+"""
+
+from configs import common
+
+
+def get_config(rows: str = "full"):
+    config = common.get_config()
+    config.model.name = "tiny"
+    config.data.name = "phantom"
+    config.data.image_size = 64
+    config.data.resize = 72
+    config.cpe.normalize = True
+    config.optim.lr_fresh = 0.05
+    config.optim.schedule = "cosine"
+    config.train.batch_size = 32
+    config.train.epochs = 30.0
+    config.train.checkpoint_every_epochs = 10.0
+    config.tta.k = 31
+    return common.apply_rows(config, rows)

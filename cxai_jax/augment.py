@@ -1,0 +1,93 @@
+"""Device-side preparation of uint8 images: crop, flips, normalisation.
+
+The published training transform (method D18): short side to 256 (done when the data
+were stored), random 224 crop over the whole image, both flips with probability one
+half. It runs inside the step, so the host ships bytes and nothing else.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cxai_jax.types import Array
+
+
+def random_crop(key: Array, images: Array, sizes: Array, size: int) -> Array:
+    """Cuts one random window per image out of the valid part of its canvas.
+
+    Args:
+      key: PRNG key.
+      images: uint8 [B, Hc, Wc, C], valid pixels at the top left of each canvas.
+      sizes: int32 [B, 2], valid rows and columns, each at least `size`.
+      size: pixels, side of the square window.
+
+    Returns:
+      uint8 [B, size, size, C].
+    """
+    room = jnp.maximum(sizes - size, 0)
+    start = jax.random.randint(key, room.shape, 0, room + 1)
+
+    def crop(image, at):
+        return jax.lax.dynamic_slice(
+            image, (at[0], at[1], 0), (size, size, image.shape[-1])
+        )
+
+    return jax.vmap(crop)(images, start)
+
+
+def random_flips(key: Array, images: Array, *, hflip: bool, vflip: bool) -> Array:
+    """Mirrors each image [B, H, W, C] left-right and up-down, each with p = 1/2."""
+    for axis, wanted in ((2, hflip), (1, vflip)):
+        if wanted:
+            coin = jax.random.bernoulli(
+                jax.random.fold_in(key, axis), shape=(images.shape[0], 1, 1, 1)
+            )
+            images = jnp.where(coin, jnp.flip(images, axis), images)
+    return images
+
+
+def augment(
+    key: Array,
+    images: Array,
+    sizes: Array,
+    *,
+    size: int,
+    crop: str,
+    hflip: bool,
+    vflip: bool,
+) -> Array:
+    """Applies the training transform: uint8 [B, Hc, Wc, C] -> [B, size, size, C].
+
+    Args:
+      crop: "random" cuts a random window, "none" expects images of `size` already.
+
+    Raises:
+      ValueError: if the canvas is smaller than `size`, or crop is unknown.
+    """
+    if crop not in ("random", "none"):
+        raise ValueError(f"config.augment.crop is {crop!r}; known: random, none")
+    if min(images.shape[1:3]) < size or (
+        crop == "none" and images.shape[1:3] != (size, size)
+    ):
+        raise ValueError(
+            f"images are {images.shape[1]}x{images.shape[2]} px but crop={crop!r} at "
+            f"config.data.image_size={size} needs "
+            + ("at least" if crop == "random" else "exactly")
+            + " that; set config.data.resize >= config.data.image_size"
+        )
+    key_crop, key_flip = jax.random.split(key)
+    if crop == "random":
+        images = random_crop(key_crop, images, sizes, size)
+    return random_flips(key_flip, images, hflip=hflip, vflip=vflip)
+
+
+def normalise(images: Array, mean: tuple, std: tuple) -> Array:
+    """(x - mean) / std per channel as float32 [B, H, W, 3]; gray is repeated.
+
+    Args:
+      images: uint8 [B, H, W, C], C = 1 or 3.
+      mean, std: three numbers each, in grey levels 0..255.
+    """
+    images = images.astype(jnp.float32)
+    if images.shape[-1] == 1:
+        images = jnp.repeat(images, 3, axis=-1)
+    return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)

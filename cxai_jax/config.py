@@ -1,0 +1,109 @@
+"""Reading configs: overrides with known fields, and one config per workdir."""
+
+import difflib
+import importlib.util
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from cxai_jax.writer import write_json
+
+# Fields that may change when a run is continued: they leave the training as it is.
+FREE_FIELDS = (
+    "data.data_dir",
+    "data.residency",
+    "eval.",
+    "tta.",
+    "train.log_every_steps",
+    "train.checkpoint_every_epochs",
+    "train.keep_checkpoints",
+)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for name, value in tree.items():
+        inner = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
+
+
+def load_config_file(spec: str) -> ConfigDict:
+    """The config of "configs/siteB.py:full,lite0".
+
+    Raises:
+      FileNotFoundError: if there is no such file, listing its neighbours.
+      ValueError: for an unknown word after the colon.
+    """
+    name, _, words = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        found = sorted(str(p) for p in (path.parent or Path(".")).glob("*.py"))
+        found = found or ["no configs; run from the repository's root"]
+        raise FileNotFoundError(f"{name} does not exist; found: {', '.join(found)}")
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_file_location(path.stem, path)
+    )
+    module.__spec__.loader.exec_module(module)
+    return module.get_config(words) if words else module.get_config()
+
+
+def check_overrides(arguments: list[str], config: ConfigDict) -> None:
+    """Raises ValueError for a `--config.x.y` that the config does not have."""
+    known = flatten(json.loads(config.to_json()))
+    for argument in arguments:
+        if not argument.startswith(("--config.", "-config.")):
+            continue
+        field = argument.lstrip("-").split("=")[0].removeprefix("config.")
+        if field in known:
+            continue
+        group = field.rpartition(".")[0]
+        near = difflib.get_close_matches(field, known, n=3)
+        same_group = [n for n in known if n.rpartition(".")[0] == group]
+        listed = near + [n for n in same_group or known if n not in near]
+        raise ValueError(
+            f"--config.{field} is not a field; known: "
+            + ", ".join(f"config.{name}" for name in listed)
+        )
+
+
+def claim_workdir(config: ConfigDict, workdir: Path, *, write: bool = True) -> None:
+    """Writes workdir/config.json, or checks that a run found there has this config.
+
+    Raises:
+      ValueError: if the workdir belongs to another config, naming the fields.
+    """
+    path = workdir / "config.json"
+    now = json.loads(config.to_json())
+    if path.exists():
+        new, old = flatten(now), flatten(json.loads(path.read_text()))
+        differing = [
+            f"config.{name} is {new.get(name)!r} here and {old.get(name)!r} there"
+            for name in sorted(new.keys() | old.keys())
+            if new.get(name) != old.get(name) and not name.startswith(FREE_FIELDS)
+        ]
+        if differing:
+            raise ValueError(
+                f"{workdir} holds a run of another config: {'; '.join(differing)}. "
+                "Choose another --workdir, or delete this one to start afresh"
+            )
+    if write:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of the run in `workdir`.
+
+    Raises:
+      FileNotFoundError: if there is no run.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: {workdir} is not the workdir of a run; train one "
+            "with python -m cxai_jax.main --config=... --workdir=..."
+        )
+    return ConfigDict(json.loads(path.read_text()))

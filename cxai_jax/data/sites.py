@@ -1,0 +1,247 @@
+"""The two chest-CT sites of the paper, COVID-19 against not.
+
+site_a: SARS-CoV-2 CT (Soares et al., 2020), `COVID/` and `non-COVID/`, no patients.
+site_b: COVID-CT (Zhao et al., 2020), `CT_COVID/` and `CT_NonCOVID/`, official split,
+patients known. joint: both, as sites 0 and 1 (Wang et al., 2020).
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cxai_jax.data import splits, store
+from cxai_jax.data.records import SPLITS, Dataset, concatenate
+from cxai_jax.data.store import Plan, Source
+
+CLASS_NAMES = ("non-COVID-19", "COVID-19")
+POSITIVE = 1
+SITE_A_FOLDERS = ("non-COVID", "COVID")  # In the order of CLASS_NAMES.
+SITE_B_FOLDERS = ("CT_NonCOVID", "CT_COVID")
+SITE_A_SPLITS = {
+    "blocked": "blocked",
+    "random": "random (image-level)",
+    "wang": "wang (given split files)",
+}
+SITE_B_TABLES = {  # CSV with the patients of each class, its two columns.
+    "CT_NonCOVID": ("NonCOVID-CT-MetaInfo.csv", "image name", "patient id"),
+    "CT_COVID": ("COVID-CT-MetaInfo.csv", "File name", "Patient ID"),
+}
+WANG_LABELS = {"normal": 0, "non-COVID": 0, "0": 0, "COVID-19": 1, "COVID": 1, "1": 1}
+
+
+def load_site_a(data_config: ConfigDict) -> Dataset:
+    """Prepared site A; `split`: blocked (default), random or wang."""
+    _known(data_config.split, SITE_A_SPLITS, "site_a")
+    return store.load("site_a", data_config.split or "blocked", data_config.data_dir)
+
+
+def load_site_b(data_config: ConfigDict) -> Dataset:
+    """Prepared site B with its official split."""
+    _known(data_config.split, ("official",), "site_b")
+    return store.load("site_b", "official", data_config.data_dir)
+
+
+def load_joint(data_config: ConfigDict) -> Dataset:
+    """Sites A and B pooled; `split` is site A's, site B keeps its official one."""
+    first = load_site_a(data_config)
+    second = store.load("site_b", "official", data_config.data_dir)
+    pooled = {}
+    for key in SPLITS:
+        parts = [
+            _at_site(dataset.splits[key], site)
+            for site, dataset in enumerate((first, second))
+            if key in dataset.splits
+        ]
+        if parts:
+            pooled[key] = concatenate(parts)
+    both = (first, second)
+    named = [(dataset.site_names[0], dataset) for dataset in both]
+    return Dataset(
+        name="joint",
+        splits=pooled,
+        class_names=CLASS_NAMES,
+        site_names=tuple(site for site, _ in named),
+        positive=POSITIVE,
+        split_scheme=", ".join(f"{site}: {d.split_scheme}" for site, d in named),
+        fingerprint=hashlib.sha256(
+            "".join(dataset.fingerprint for dataset in both).encode()
+        ).hexdigest(),
+        leakage={
+            "verdict": " | ".join(f"{s}: {d.leakage['verdict']}" for s, d in named),
+            **{site: dataset.leakage for site, dataset in named},
+        },
+    )
+
+
+def plan_site_a(
+    source: str | Path, split: str = "", split_files: Sequence[str | Path] = ()
+) -> Plan:
+    """Reads the folders of site A.
+
+    Args:
+      source: folder that holds COVID/ and non-COVID/.
+      split: "blocked" (contiguous runs of file numbers), "random", or "wang".
+      split_files: for "wang", lists with lines `id path label`, label normal or
+        COVID-19; "train", "val" or "test" in the file's name says which.
+
+    Raises:
+      FileNotFoundError: for a missing folder or list, or a list that names an absent
+        image.
+      ValueError: for an unknown split, a file without number, a malformed list.
+    """
+    split = split or ("wang" if split_files else "blocked")
+    _known(split, SITE_A_SPLITS, "site_a")
+    files, labels, names = _class_files(Path(source), SITE_A_FOLDERS)
+    left_out = []
+    if split == "wang":
+        listed = _wang(split_files, source, dict(zip(names, labels, strict=True)))
+        chosen = np.array([listed.get(name, "") for name in names])
+        left_out = [(n, "in no split file") for n in np.array(names)[chosen == ""]]
+    elif split == "random":
+        chosen = splits.random_stratified(labels)
+    else:
+        chosen = splits.blocked([_number(file) for file in files], labels)
+    sources = [
+        Source(file, name, int(label), str(part))
+        for file, name, label, part in zip(files, names, labels, chosen, strict=True)
+        if part
+    ]
+    return Plan(
+        name="site_a",
+        split=split,
+        split_scheme=SITE_A_SPLITS[split],
+        class_names=CLASS_NAMES,
+        site_names=("site_a",),
+        positive=POSITIVE,
+        sources=sources,
+        left_out=left_out,
+    )
+
+
+def plan_site_b(source: str | Path, split: str = "") -> Plan:
+    """Reads the folders, official lists and patient tables of site B.
+
+    Args:
+      source: folder that holds CT_COVID/, CT_NonCOVID/, Data-split/ and Meta-data/.
+      split: "official".
+
+    Raises:
+      FileNotFoundError: for a missing folder, list or table, or a list that names an
+        absent image.
+      ValueError: for an unknown split, an image in no list or in two.
+    """
+    _known(split, ("official",), "site_b")
+    source = Path(source)
+    files, labels, names = _class_files(source, SITE_B_FOLDERS)
+    chosen, patients = {}, {}
+    for folder in SITE_B_FOLDERS:
+        table, key, value = SITE_B_TABLES[folder]
+        table = store.read_table(source / "Meta-data" / table, key, value)
+        patients |= {f"{folder}/{name}": patient for name, patient in table.items()}
+        kind = folder.removeprefix("CT_")
+        for part in SPLITS:
+            listing = source / "Data-split" / kind / f"{part}{folder}.txt"
+            for name in store.read_list(listing):
+                _assign(chosen, f"{folder}/{name}", part, listing, names)
+    missing = [name for name in names if name not in chosen]
+    if missing:
+        raise ValueError(
+            f"{source / missing[0]} is in none of the lists of {source / 'Data-split'} "
+            f"({len(missing)} such images); list it or remove it"
+        )
+    return Plan(
+        name="site_b",
+        split="official",
+        split_scheme="official",
+        class_names=CLASS_NAMES,
+        site_names=("site_b",),
+        positive=POSITIVE,
+        sources=[
+            Source(file, name, int(label), chosen[name], patients.get(name, ""))
+            for file, name, label in zip(files, names, labels, strict=True)
+        ],
+    )
+
+
+def _known(split: str, known: Sequence[str], dataset: str) -> None:
+    if split and split not in known:
+        raise ValueError(
+            f"unknown split {split!r} of {dataset}; known: {', '.join(known)}"
+        )
+
+
+def _at_site(records, site: int):
+    return records.__class__(
+        **{**records.columns(), "sites": np.full(len(records), site, np.int32)}
+    )
+
+
+def _class_files(source: Path, folders: Sequence[str]) -> tuple[list, np.ndarray, list]:
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"{source}: no such folder; give --source the folder that holds "
+            f"{' and '.join(f'{folder}/' for folder in folders)}"
+        )
+    files = [store.class_files(source, folder) for folder in folders]
+    labels = np.repeat(np.arange(len(files)), [len(part) for part in files])
+    flat = [file for part in files for file in part]
+    return flat, labels, [file.relative_to(source).as_posix() for file in flat]
+
+
+def _number(file: Path) -> int:
+    found = re.search(r"\((\d+)\)", file.name)
+    if not found:
+        raise ValueError(
+            f"{file}: no number in brackets, as in 'Covid (12).jpg', which the blocked "
+            "split needs; rename it or use --split=random"
+        )
+    return int(found[1])
+
+
+def _assign(chosen: dict, name: str, part: str, listing, names: Sequence[str]) -> None:
+    if name not in names:
+        raise FileNotFoundError(
+            f"{listing} names {name!r}, but there is no such image; restore it or "
+            "remove the line"
+        )
+    if name in chosen:
+        raise ValueError(
+            f"{listing} names {name!r}, which is already listed in {chosen[name]}; "
+            "keep one line"
+        )
+    chosen[name] = part
+
+
+def _wang(split_files: Sequence, source, labels: dict[str, int]) -> dict[str, str]:
+    """Image name -> split, from the lists of Wang et al."""
+    if not split_files:
+        raise ValueError("--split=wang needs --split_files=TRAIN.txt,TEST.txt")
+    by_file = {Path(name).name: name for name in labels}
+    chosen: dict[str, str] = {}
+    for listing in split_files:
+        part = [key for key in SPLITS if key in Path(listing).name.lower()]
+        if len(part) != 1:
+            raise ValueError(
+                f"{listing}: the file name must hold one of {', '.join(SPLITS)}"
+            )
+        for line in store.read_list(listing):
+            # The path may hold spaces: "12 new_data/Covid (3).jpg COVID-19".
+            _, *path, label = line.split()
+            if label not in WANG_LABELS or not path:
+                raise ValueError(
+                    f"{listing}: the line {line!r} is not `id path label` with a label "
+                    f"among {', '.join(WANG_LABELS)}"
+                )
+            file = Path(" ".join(path)).name
+            name = by_file.get(file, file)
+            _assign(chosen, name, part[0], listing, labels)
+            if labels[name] != WANG_LABELS[label]:
+                raise ValueError(
+                    f"{listing} labels {name!r} as {label}, but it lies in the other "
+                    f"class folder of {source}"
+                )
+    return chosen

@@ -1,0 +1,433 @@
+"""Prepared data on disk: array_record files written and read through TFDS.
+
+`data_dir/NAME/SPLIT/1.0.0/` holds gray PNG bytes at short side 256 with label, site,
+patient and source name, beside `index.csv` (the same columns without the pictures, so
+that loading never parses images) and `summary.json` (counts, fingerprint, leakage
+verdict, skipped files). TensorFlow is never imported: images go in as encoded bytes
+and come out with decoding skipped.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from cxai_jax.data import leakage, transforms
+from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
+
+VERSION = "1.0.0"
+SHORT_SIDE = 256  # Pixels; the published random crop of 224 needs the margin.
+CHUNK = 64  # Images decoded ahead.
+COLUMNS = ("split", "name", "label", "site", "patient")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image file to be stored; `name` is unique, `split` one of SPLITS."""
+
+    file: Path
+    name: str
+    label: int
+    split: str
+    patient: str = ""
+    site: int = 0
+    lung_mask: Path | None = None  # Image of the same size, not 0 inside.
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a data source wants stored.
+
+    Args:
+      name: directory under data_dir.
+      split: directory under that, the key that `config.data.split` selects.
+      split_scheme: how the split was made, in words.
+      class_names: K names in the order of the labels.
+      site_names: one name per site index.
+      positive: class index counted as positive.
+      sources: the files.
+      left_out: (file, reason) of files that will not be stored.
+    """
+
+    name: str
+    split: str
+    split_scheme: str
+    class_names: tuple[str, ...]
+    site_names: tuple[str, ...]
+    positive: int
+    sources: Sequence[Source]
+    left_out: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+
+class ImageRecords(tfds.core.GeneratorBasedBuilder):
+    """The TFDS builder behind every prepared data set.
+
+    Args:
+      examples: split name -> iterator of (key, example), keys ascending.
+      class_names: of the label feature.
+      lung_masks: whether the examples have the field `lung_mask`.
+      data_dir: where TFDS writes.
+    """
+
+    VERSION = tfds.core.Version(VERSION)
+    # TFDS 4.9.10 looks for download checksums beside the code, and to find the code
+    # inside a package it imports importlib_resources, which nothing installs.
+    code_path = None
+
+    def __init__(
+        self,
+        *,
+        examples: dict[str, Iterator],
+        class_names: Sequence[str],
+        lung_masks: bool,
+        data_dir: str | Path,
+    ):
+        self._examples = examples
+        self._class_names = list(class_names)
+        self._lung_masks = lung_masks
+        # tfrecord, the default format, would import TensorFlow.
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=self._class_names),
+            "site": np.int32,
+            "patient": tfds.features.Text(),
+            "name": tfds.features.Text(),
+        }
+        if self._lung_masks:  # The bytes of a PNG, empty where there is no mask.
+            features["lung_mask"] = tfds.features.Text()
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,  # Rows stay in the order of index.csv.
+        )
+
+    def _split_generators(self, _) -> dict[str, Iterator]:
+        return self._examples
+
+    def _generate_examples(self, split: str) -> Iterator:
+        return self._examples[split]
+
+
+def class_files(source: Path, folder: str) -> list[Path]:
+    """The image files (by suffix, sorted) directly inside `source/folder`.
+
+    Raises:
+      FileNotFoundError: if the folder is missing.
+      ValueError: if it holds no image or a folder, which would be dropped silently.
+    """
+    directory = source / folder
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory}: no such folder; --source must be the folder that holds it"
+        )
+    files = sorted(directory.iterdir())
+    inner = [f.name for f in files if f.is_dir()]
+    if inner:
+        raise ValueError(
+            f"{directory} holds the folder {inner[0]!r}; images must lie directly in "
+            "it: point --source one level deeper or move them up"
+        )
+    images = [f for f in files if is_image(f)]
+    if not images:
+        raise ValueError(
+            f"{directory} holds no image ({' '.join(transforms.SUFFIXES)}); add some "
+            "or remove the folder"
+        )
+    return images
+
+
+def is_image(file: Path) -> bool:
+    """True for a file whose suffix promises an image."""
+    return file.suffix.lower() in transforms.SUFFIXES and not file.is_dir()
+
+
+def read_list(file: str | Path) -> list[str]:
+    """The non-empty lines of a UTF-8 text file, stripped.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is empty.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    text = Path(file).read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{file} is empty")
+    return lines
+
+
+def read_table(file: str | Path, key: str, value: str) -> dict[str, str]:
+    """Two columns of a CSV file as a dict, cells stripped.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if a column is missing or a key occurs twice.
+    """
+    rows = list(csv.DictReader(read_list(file)))
+    for column in (key, value):
+        if not rows or column not in rows[0]:
+            raise ValueError(
+                f"{file} has no rows with a column {column!r}; expected "
+                f"the header {key},{value}"
+            )
+    table = {}
+    for row in rows:
+        name = (row[key] or "").strip()
+        if name in table:
+            raise ValueError(f"{file} lists {name!r} twice; keep one line")
+        table[name] = (row[value] or "").strip()
+    return table
+
+
+def build(
+    plan: Plan,
+    data_dir: str | Path,
+    skip_bad: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict:
+    """Stores the images of a plan and examines them for leakage.
+
+    The data are written to a temporary folder and moved into place at the end, so a
+    failed or killed build leaves an earlier one untouched.
+
+    Args:
+      plan: what to store.
+      data_dir: root of all prepared data sets.
+      skip_bad: True lists unreadable images under "skipped" instead of failing.
+      progress: called with (images done, images in all).
+
+    Returns:
+      The summary, as written to summary.json.
+
+    Raises:
+      ValueError: for an unreadable image, a name given twice, a label or split out of
+        range, or a split of which no image can be read.
+    """
+    _check(plan)
+    skipped = [list(item) for item in plan.left_out]
+    rows = []  # (source, file digest, pixel digest, thumbnail) of every stored image.
+
+    def examples(split):
+        sources = [s for s in plan.sources if s.split == split]
+        before = len(rows)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(sources), CHUNK):
+                chunk = sources[start : start + CHUNK]
+                results = pool.map(_encode, chunk, [with_masks] * len(chunk))
+                for source, result in zip(chunk, results, strict=True):
+                    seen[0] += 1
+                    progress(seen[0], len(plan.sources))
+                    if isinstance(result, ValueError):
+                        if not skip_bad:
+                            raise ValueError(f"{result}; or pass --skip_bad")
+                        skipped.append([source.name, str(result)])
+                        continue
+                    example, *digests = result
+                    rows.append((source, *digests))
+                    yield len(rows), example
+        if len(rows) == before:
+            raise ValueError(f"no image of the split {split!r} can be read: {result}")
+
+    seen = [0]
+    with_masks = any(source.lung_mask for source in plan.sources)
+    used = [split for split in SPLITS if any(s.split == split for s in plan.sources)]
+    target = Path(data_dir) / plan.name / plan.split / VERSION
+    Path(data_dir).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".building-") as scratch:
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS talks of downloads.
+            builder = ImageRecords(
+                examples={split: examples(split) for split in used},
+                class_names=plan.class_names,
+                lung_masks=with_masks,
+                data_dir=scratch,
+            )
+            builder.download_and_prepare()
+        summary = _summary(plan, rows, skipped)
+        written = Path(builder.data_dir)
+        _write_index(written / "index.csv", [row[0] for row in rows])
+        (written / "summary.json").write_text(
+            json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            target.rename(Path(scratch) / "replaced")
+        written.rename(target)
+    return summary
+
+
+def load(name: str, split: str, data_dir: str | Path) -> Dataset:
+    """Opens a prepared data set; images are decoded on access.
+
+    Args:
+      name: directory under data_dir.
+      split: directory under that.
+      data_dir: root of all prepared data sets.
+
+    Raises:
+      FileNotFoundError: if it has not been prepared.
+      ValueError: if its files do not fit together.
+    """
+    directory = Path(data_dir) / name / split / VERSION
+    if not (directory / "summary.json").is_file():
+        others = sorted(p.parts[-3] for p in directory.parents[1].glob("*/*/*.json"))
+        others = ", ".join(dict.fromkeys(others)) or "none"
+        raise FileNotFoundError(
+            f"{directory} is not prepared (prepared splits of {name}: {others}); run "
+            "tools/prepare_data.py, or set config.data.data_dir and "
+            "config.data.split to what it wrote"
+        )
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    with open(directory / "index.csv", encoding="utf-8", newline="") as file:
+        index = list(csv.DictReader(file))
+    builder = tfds.builder_from_directory(directory)
+    with_masks = "lung_mask" in builder.info.features
+    splits = {}
+    for key in summary["counts"]:
+        rows = [row for row in index if row["split"] == key]
+        source = builder.as_data_source(
+            key, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        if len(source) != len(rows):
+            raise ValueError(
+                f"{directory}: {len(source)} records but {len(rows)} rows of index.csv "
+                f"in {key}; prepare the data set again"
+            )
+        splits[key] = Records(
+            images=Mapped(_decode, source),
+            labels=np.array([row["label"] for row in rows]).astype(np.int32),
+            sites=np.array([row["site"] for row in rows]).astype(np.int32),
+            patients=np.array([row["patient"] for row in rows], str),
+            names=np.array([row["name"] for row in rows], str),
+            lung_masks=Mapped(_decode_mask, source) if with_masks else None,
+        )
+    return Dataset(
+        name=summary["name"],
+        splits=splits,
+        class_names=tuple(summary["class_names"]),
+        site_names=tuple(summary["site_names"]),
+        positive=summary["positive"],
+        split_scheme=summary["split_scheme"],
+        fingerprint=summary["fingerprint"],
+        leakage=summary["leakage"],
+    )
+
+
+def _check(plan: Plan) -> None:
+    if not plan.sources:
+        raise ValueError(f"the data set {plan.name} has no images")
+    names = Counter(source.name for source in plan.sources)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} occurs {names[twice[0]]} times; rename one")
+    for source in plan.sources:
+        if source.split not in SPLITS:
+            raise ValueError(
+                f"{source.name}: split {source.split!r}, expected one of "
+                f"{', '.join(SPLITS)}"
+            )
+        if source.label not in range(len(plan.class_names)):
+            raise ValueError(
+                f"{source.name}: label {source.label}, expected 0 to "
+                f"{len(plan.class_names) - 1} ({', '.join(plan.class_names)})"
+            )
+
+
+def _encode(source: Source, with_mask: bool) -> tuple | ValueError:
+    """(example, file digest, pixel digest, thumbnail) of one image, or its error."""
+    try:
+        data = source.file.read_bytes()
+        gray = transforms.decode_gray(data, str(source.file))
+        mask = _encode_mask(source, gray.shape) if with_mask else None
+    except OSError as error:
+        return ValueError(f"{error.filename}: cannot be read ({error.strerror})")
+    except ValueError as error:
+        return error
+    stored = transforms.short_side(gray, SHORT_SIDE)
+    example = {
+        "image": io.BytesIO(transforms.encode_png(stored)),
+        "label": source.label,
+        "site": source.site,
+        "patient": source.patient,
+        "name": source.name,
+    }
+    if with_mask:
+        example["lung_mask"] = mask
+    return (
+        example,
+        leakage.digest(data),
+        leakage.pixel_digest(stored),
+        leakage.thumbnail(stored),
+    )
+
+
+def _encode_mask(source: Source, shape: tuple[int, ...]) -> bytes:
+    if source.lung_mask is None:
+        return b""
+    mask = transforms.open_gray(source.lung_mask)
+    if mask.shape != shape:
+        raise ValueError(
+            f"{source.lung_mask} has {mask.shape[0]} x {mask.shape[1]} pixels but its "
+            f"image {source.file} has {shape[0]} x {shape[1]}; draw the mask on the "
+            "image"
+        )
+    return transforms.encode_png(
+        transforms.short_side(np.where(mask > 0, 255, 0).astype(np.uint8), SHORT_SIDE)
+    )
+
+
+def _decode(record: dict) -> np.ndarray:
+    return transforms.decode_png(record["image"])
+
+
+def _decode_mask(record: dict) -> np.ndarray | None:
+    if not record["lung_mask"]:
+        return None
+    return (transforms.decode_png(record["lung_mask"])[..., 0] > 127).astype(np.uint8)
+
+
+def _summary(plan: Plan, rows: list, skipped: list) -> dict:
+    sources, files, pixels, thumbnails = zip(*rows, strict=True)
+    splits = [s.split for s in sources]
+    names, labels = [s.name for s in sources], [s.label for s in sources]
+    patients = [s.patient for s in sources]
+    found = Counter(zip(splits, labels, strict=True))
+    return {
+        "name": plan.name,
+        "split": plan.split,
+        "split_scheme": plan.split_scheme,
+        "class_names": list(plan.class_names),
+        "site_names": list(plan.site_names),
+        "positive": plan.positive,
+        "counts": {
+            split: {c: found[split, k] for k, c in enumerate(plan.class_names)}
+            for split in SPLITS
+            if split in splits
+        },
+        "fingerprint": fingerprint(splits, names, labels, pixels),
+        "leakage": leakage.examine(
+            splits, names, labels, patients, files, pixels, np.stack(thumbnails)
+        ),
+        "skipped": skipped,
+    }
+
+
+def _write_index(file: Path, sources: list[Source]) -> None:
+    with open(file, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(COLUMNS)
+        writer.writerows([getattr(s, column) for column in COLUMNS] for s in sources)

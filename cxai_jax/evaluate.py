@@ -1,0 +1,160 @@
+"""Data split -> predictions file -> metrics.
+
+The predictions file is the border: metrics, tables, figures and the (k, theta) sweeps
+read it and never load a model.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from cxai_jax import mesh as meshes
+from cxai_jax import metrics, steps, tta
+from cxai_jax.data import pipeline
+from cxai_jax.data.records import Dataset, Records
+
+
+class Evaluator:
+    """A compiled predict step; made once per run, used for every split."""
+
+    def __init__(self, model: nn.Module, scale: steps.Scale, config, mesh: Mesh):
+        meshes.check_batch(config.eval.batch_size, mesh, "config.eval.batch_size")
+        self.mesh = mesh
+        self._config = config
+        # Every host needs the whole answer, so the outputs are replicated.
+        self._predict = jax.jit(
+            steps.make_predict_step(model, scale, config.tta),
+            out_shardings=meshes.replicated(mesh),
+        )
+
+    def predict(self, state: steps.TrainState, records: Records) -> dict:
+        """Predictions of a split as NumPy arrays, one row per image, in order.
+
+        Returns:
+          names, patients str [N]; labels, sites int32 [N]; logits float32 [N, K];
+          probs float32 [N, k+1, K], variant 0 the image itself; class_maps float32
+          [N, h, w, K].
+        """
+        config = self._config
+        fit = pipeline.fit_for_scoring(config)
+        channels = records.images[0].shape[-1]
+        canvas = (config.data.image_size, config.data.image_size, channels)
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        parts = []
+        for batch, rows in pipeline.scoring_batches(
+            records, fit, canvas, config.eval.batch_size, self.mesh
+        ):
+            out = jax.device_get(self._predict(variables, batch.images))
+            parts.append({name: value[: len(rows)] for name, value in out.items()})
+        stacked = {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
+        return {
+            "names": np.asarray(records.names, str),
+            "patients": np.asarray(records.patients, str),
+            "labels": np.asarray(records.labels, np.int32),
+            "sites": np.asarray(records.sites, np.int32),
+            **stacked,
+        }
+
+
+def save_predictions(path: Path, predictions: dict) -> None:
+    """Writes the predictions file (npz)."""
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(temporary, **predictions)
+    temporary.replace(path)
+
+
+def load_predictions(path: Path) -> dict:
+    """Reads a predictions file.
+
+    Raises:
+      ValueError: if an array is missing.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        predictions = dict(file)
+    wanted = {"names", "labels", "sites", "patients", "logits", "probs", "class_maps"}
+    missing = wanted - predictions.keys()
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(sorted(missing))}; it is not a predictions file "
+            "of this version, score the run again with --mode=eval"
+        )
+    return predictions
+
+
+def quick_score(predictions: dict, positive: int) -> dict:
+    """Accuracy, F1 and cross-entropy without intervals, for the learning curve."""
+    labels, probs = predictions["labels"], predictions["probs"][:, 0]
+    values = metrics.classification_metrics(labels, probs, positive=positive)
+    chosen = probs[np.arange(len(labels)), labels]
+    return {
+        "accuracy": values["accuracy"],
+        "f1": values["f1"],
+        "cross_entropy": float(-np.log(np.maximum(chosen, 1e-12)).mean()),
+    }
+
+
+def score(predictions: dict, dataset: Dataset, config) -> dict:
+    """Metrics with bootstrap 95 % intervals: all, per site, per patient, after voting.
+
+    Intervals resample patients; an image without a patient id is its own patient.
+    """
+    labels, sites = predictions["labels"], predictions["sites"]
+    probs, patients = predictions["probs"], predictions["patients"]
+    groups = np.where(patients == "", predictions["names"], patients)
+
+    def scored(rows, probs, labels=labels, groups=groups):
+        labels, probs, groups = labels[rows], probs[rows], groups[rows]
+        positive = dataset.positive
+        values = metrics.classification_metrics(labels, probs, positive=positive)
+        intervals = metrics.bootstrap_intervals(
+            labels,
+            probs,
+            positive=positive,
+            patients=groups,
+            resamples=config.eval.bootstrap,
+        )
+        return values | {"intervals": intervals, "number": len(labels)}
+
+    everything = np.arange(len(labels))
+    original = probs[:, 0]
+    result = {"all": scored(everything, original)}
+    if len(dataset.site_names) > 1:
+        result["per_site"] = {
+            name: scored(np.flatnonzero(sites == site), original)
+            for site, name in enumerate(dataset.site_names)
+            if (sites == site).any()
+        }
+    one_label = patients != ""
+    for patient in np.unique(patients[one_label]):
+        same = patients == patient
+        if len(np.unique(labels[same])) > 1:  # Images before and after the disease.
+            one_label &= ~same
+    if one_label.any():
+        known, means, ids = metrics.by_patient(
+            labels[one_label], original[one_label], patients[one_label]
+        )
+        result["per_patient"] = scored(np.arange(len(ids)), means, known, ids)
+    if probs.shape[1] > 1:
+        result |= voted(predictions, config, lambda hard: scored(everything, hard))
+    return result
+
+
+def voted(predictions: dict, config, scored) -> dict:
+    """Scores after test-time voting, and every image whose label it changed."""
+    probs = predictions["probs"]
+    votes = tta.votes_for(probs, theta=config.tta.theta, k=probs.shape[1] - 1)
+    after, before = np.asarray(votes.labels), np.asarray(votes.original)
+    flips = [
+        {
+            "name": str(predictions["names"][i]),
+            "label": int(predictions["labels"][i]),
+            "before": int(before[i]),
+            "after": int(after[i]),
+            "opposing": int(votes.opposing[i]),
+        }
+        for i in np.flatnonzero(before != after)
+    ]
+    return {"voted": scored(np.eye(probs.shape[2])[after]), "flips": flips}

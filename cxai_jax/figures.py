@@ -1,0 +1,249 @@
+"""Pictures of results: charts as matplotlib figures, overlays as pixel arrays.
+
+The charts are drawn without a background and with one ink, so that `to_svg` can hand
+the ink to the page (`currentColor`) and a chart follows its light or dark theme.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cxai_jax.grid import interpolation_matrix
+
+INK = "#010203"  # Near black on paper, the page's own text colour in an SVG.
+COLOURS = ("#3b82c4", "#e07a2f", "#2f9e77", "#b0569b", "#8a8f2f", "#7b6bd6")
+STYLE = {
+    "svg.fonttype": "none",  # Text stays text: searchable and read aloud.
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+}
+
+
+@contextmanager
+def chart(width: float = 4.4, height: float = 3.4, columns: int = 1):
+    """A styled figure and its axes, in inches; one axes, or an array of `columns`."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((width, height), layout="constrained")
+        yield figure, figure.subplots(1, columns)
+
+
+def to_svg(figure: Figure, description: str) -> str:
+    """The figure as an inline SVG element that takes the page's text colour."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg ") :].replace(INK, "currentColor")
+    return text.replace(
+        "<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1
+    )
+
+
+def save(figure: Figure, path) -> None:
+    """Writes the figure on white; the suffix chooses the format."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, dpi=200, facecolor="white")
+
+
+def roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Receiver operating characteristic, one step line per entry.
+
+    Args:
+      curves: name -> (bool [N] is positive, scores [N]); equal scores make one step.
+        An entry without both classes is left out.
+    """
+    with chart() as (figure, axes):
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
+        for name, (positive, scores) in curves.items():
+            positive = np.asarray(positive, bool)
+            if positive.all() or not positive.any():
+                continue
+            order = np.argsort(-np.asarray(scores), kind="stable")
+            last = np.append(np.diff(np.asarray(scores)[order]) != 0, True)
+            hits = np.cumsum(positive[order])[last] / positive.sum()
+            alarms = np.cumsum(~positive[order])[last] / (~positive).sum()
+            axes.plot(np.append(0, alarms), np.append(0, hits), label=name)
+        axes.set(xlabel="1 - specificity", ylabel="sensitivity")
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+        if len(axes.lines) > 1:
+            axes.legend(loc="lower right")
+    return figure
+
+
+def confusion(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Confusion matrix, counts int [K, K], row true and column predicted."""
+    size = 2.2 + 0.7 * len(class_names)
+    with chart(size + 0.5, size) as (figure, axes):
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        cells = np.zeros((*counts.shape, 4))
+        cells[..., :3] = matplotlib.colors.to_rgb(COLOURS[0])
+        cells[..., 3] = 0.75 * share  # Transparent where empty: any theme shows.
+        axes.imshow(cells)
+        for (row, column), count in np.ndenumerate(counts):
+            text = f"{count}\n{100 * share[row, column]:.0f} %"
+            axes.text(column, row, text, ha="center", va="center")
+        ticks = range(len(class_names))
+        axes.set_xticks(ticks, class_names)
+        axes.set_yticks(ticks, class_names, rotation=90, va="center")
+        axes.set(xlabel="predicted", ylabel="true")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    return figure
+
+
+def reliability(labels: np.ndarray, probs: np.ndarray, bins: int = 10) -> Figure:
+    """Reliability diagram: share correct against confidence, and how many images.
+
+    Args:
+      labels: int [N].
+      probs: [N, K]; the confidence is the row's maximum.
+      bins: equal widths over 0..1, right-closed; empty ones are not drawn.
+    """
+    confidence, correct = probs.max(1), probs.argmax(1) == labels
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    used = count > 0
+    mean = np.bincount(place, confidence, bins)[used] / count[used]
+    share = np.bincount(place, correct, bins)[used] / count[used]
+    with chart() as (figure, axes):
+        left = np.arange(bins) / bins
+        axes.bar(
+            left, count / count.max(), 1 / bins, align="edge", color=INK, alpha=0.12
+        )
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
+        axes.plot(mean, share, marker="o", label="share correct")
+        low = 1 / probs.shape[1] - 0.05
+        axes.set(xlim=(low, 1.01), ylim=(-0.01, 1.05))
+        axes.set(xlabel="confidence", ylabel="share correct (bars: share of images)")
+    return figure
+
+
+def learning_curves(curve: Sequence[dict], log: Sequence[dict]) -> Figure:
+    """Training loss by step and, where scored, the accuracy of the other splits.
+
+    Args:
+      curve: rows {"step": s, split: {"accuracy": a, ...}}, as in results.json.
+      log: rows of metrics.jsonl; those with a "loss" are drawn.
+    """
+    with chart(8.8, 3.2, columns=2) as (figure, (left, right)):
+        rows = [row for row in log if "loss" in row]
+        steps = [row["step"] for row in rows]
+        for name in ("loss", "cross_entropy", "cpe", "align"):
+            if any(name in row for row in rows):
+                left.plot(steps, [row.get(name, np.nan) for row in rows], label=name)
+        left.set(xlabel="step", ylabel="training loss")
+        if rows:
+            left.legend()
+        for split in dict.fromkeys(k for row in curve for k in row if k != "step"):
+            scored = [row for row in curve if split in row]
+            right.plot(
+                [row["step"] for row in scored],
+                [row[split]["accuracy"] for row in scored],
+                marker=".",
+                label=split,
+            )
+        if not curve:
+            steps = [row["step"] for row in rows]
+            right.plot(
+                steps, [row.get("accuracy", np.nan) for row in rows], label="training"
+            )
+        right.set(xlabel="step", ylabel="accuracy")
+        if right.lines:
+            right.legend()
+    return figure
+
+
+def trajectories(
+    probs: Mapping[str, np.ndarray], labels: Mapping[str, int], *, theta: float
+) -> Figure:
+    """Probability of the first label while its best cells disappear (Fig. 6).
+
+    Args:
+      probs: name -> p_0 .. p_k of one image, [k+1, K].
+      labels: name -> label before voting.
+      theta: support threshold, drawn as the border to the opposing votes. Exact for
+        two classes; with more a vote opposes if one other class reaches 1 - theta.
+    """
+    with chart(7.2, 3.2) as (figure, axes):
+        for name, values in probs.items():
+            axes.plot(values[:, labels[name]], label=name, linewidth=1.4)
+        axes.axhline(theta, color=INK, linewidth=0.8, linestyle="--")
+        axes.axhspan(0, theta, color=INK, alpha=0.06, linewidth=0)
+        axes.set(xlabel="cells removed", ylabel="probability of the first label")
+        axes.set_ylim(-0.02, 1.02)
+        axes.margins(x=0.01)
+        if probs:
+            figure.legend(loc="outside right center", fontsize=8)
+    return figure
+
+
+def overlay(gray: np.ndarray, class_map: np.ndarray) -> np.ndarray:
+    """The class map over its image: clear where it is low, warm where it is high.
+
+    Args:
+      gray: uint8 [H, W] or [H, W, 1].
+      class_map: [h, w]; interpolated as the method does, then scaled to 0..1 by its
+        own extremes. A constant map leaves the image as it is.
+
+    Returns:
+      uint8 [H, W, 3].
+    """
+    gray = gray.reshape(gray.shape[:2]).astype(np.float64)
+    rows, columns = map(interpolation_matrix, gray.shape, class_map.shape)
+    heat = rows @ class_map.astype(np.float64) @ columns.T
+    heat = (heat - heat.min()) / max(np.ptp(heat), 1e-12)
+    colour = 255 * matplotlib.colormaps["inferno"](0.15 + 0.85 * heat)[..., :3]
+    alpha = 0.65 * heat[..., None]
+    return np.round((1 - alpha) * gray[..., None] + alpha * colour).astype(np.uint8)
+
+
+def without_cells(gray: np.ndarray, cells: np.ndarray, *, patch: int) -> np.ndarray:
+    """The image with cells blacked out: gray [H, W] or [H, W, 1] -> uint8 [H, W].
+
+    Args:
+      cells: flat cell index row * grid + column, grid = W / patch.
+    """
+    gray = gray.reshape(gray.shape[:2]).copy()
+    for row, column in zip(
+        *np.divmod(np.asarray(cells), gray.shape[1] // patch), strict=True
+    ):
+        gray[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = 0
+    return gray
+
+
+def side_by_side(gray: np.ndarray, overlaid: np.ndarray) -> np.ndarray:
+    """The plain image left of its overlay, as uint8 [H, 2 W + gap, 3]."""
+    plain = np.repeat(gray.reshape(*gray.shape[:2], 1), 3, axis=2)
+    gap = np.zeros((len(plain), max(1, plain.shape[1] // 50), 3), np.uint8)
+    return np.concatenate([plain, gap, overlaid], axis=1)
+
+
+def encode(image: np.ndarray, kind: str, *, height: int | None = None) -> bytes:
+    """The file of a uint8 image [H, W] or [H, W, 3].
+
+    Args:
+      kind: "PNG" or "JPEG".
+      height: pixels; shrinks a taller image, aspect kept.
+    """
+    picture = Image.fromarray(image)
+    if height and picture.height > height:
+        width = max(1, round(picture.width * height / picture.height))
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, quality=80)
+    return buffer.getvalue()

@@ -1,0 +1,111 @@
+"""What every backbone shares: the contract, the head and its class maps.
+
+A backbone builds its trunk in `setup`, calls `super().setup()` for the head, and states
+`lower` and `upper`. Pooling, logits and class maps are float32 throughout.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from cxai_jax.models.lowering import Lowering
+from cxai_jax.types import Array, Mode, Outputs
+
+# Grey levels 0..255: what torchvision's ImageNet weights expect.
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+HEADS = ("linear", "mlp")
+HIDDEN = 512  # Width of the mlp head; the CT paper says "MLP" and no more.
+
+# Full float32: the default on GPUs and TPUs rounds the factors to fewer bits.
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def _uniform(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): how torch starts a linear layer."""
+    return jax.random.uniform(key, shape, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
+
+
+class Head(nn.Module):
+    """Logits of the global average pool, and the map of every class.
+
+    The map is the features weighted by the gradient of the logit with respect to the
+    pooled features. For the linear head that gradient is the kernel and the map is the
+    class activation map (Zhou et al. 2016); for the mlp it is Grad-CAM at the last
+    stage (Selvaraju et al. 2017), without its ReLU and its factor 1 / (h w).
+
+    Attributes:
+      num_classes: K.
+      kind: "linear" | "mlp" (one hidden layer of HIDDEN, ReLU).
+    """
+
+    num_classes: int
+    kind: str = "linear"
+
+    @nn.compact
+    def __call__(self, features: Array) -> tuple[Array, Array]:
+        """features [B, h, w, D] -> logits [B, K], class maps [B, h, w, K]."""
+        features = features.astype(jnp.float32)
+        pooled = features.mean((1, 2))
+        if self.kind == "linear":
+            kernel, bias = self._weights("", pooled.shape[-1], self.num_classes)
+            maps = _einsum("bhwd,dk->bhwk", features, kernel)
+            return _einsum("bd,dk->bk", pooled, kernel) + bias, maps
+        first, offset = self._weights("hidden_", pooled.shape[-1], HIDDEN)
+        kernel, bias = self._weights("", HIDDEN, self.num_classes)
+        hidden = nn.relu(_einsum("bd,dm->bm", pooled, first) + offset)
+        active = (hidden > 0).astype(hidden.dtype)
+        gradient = _einsum("dm,bm,mk->bdk", first, active, kernel)
+        maps = _einsum("bhwd,bdk->bhwk", features, gradient)
+        return _einsum("bm,mk->bk", hidden, kernel) + bias, maps
+
+    def _weights(self, prefix: str, width: int, features: int) -> tuple[Array, Array]:
+        kernel = self.param(prefix + "kernel", _uniform, (width, features), width)
+        return kernel, self.param(prefix + "bias", _uniform, (features,), width)
+
+
+class Backbone(nn.Module):
+    """A trunk in two parts and a head; the laws are in tests/test_models_laws.py.
+
+    Attributes:
+      num_classes: K.
+      head_kind: "linear" | "mlp".
+      dtype: type of the trunk's convolutions and activations; parameters are float32.
+      remat: recompute each block in the backward pass, to save memory.
+      lowering: "auto", "xla" or "tuned" (models/lowering.py).
+    """
+
+    num_classes: int
+    head_kind: str = "linear"
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+    lowering: Lowering = "auto"
+
+    def setup(self) -> None:
+        self.top = Head(self.num_classes, self.head_kind, name="head")
+
+    def lower(self, x: Array, mode: Mode) -> Array:
+        """Normalised images [B, H, W, 3] -> A3 [B, 2h, 2w, D3]."""
+        raise NotImplementedError
+
+    def upper(self, lower: Array, mode: Mode) -> Array:
+        """A3 [B, 2h, 2w, D3] -> features [B, h, w, D]."""
+        raise NotImplementedError
+
+    def head(self, features: Array) -> Array:
+        """Features [B, h, w, D] -> logits float32 [B, K]."""
+        return self.top(features)[0]
+
+    def __call__(self, x: Array, mode: Mode) -> tuple[Array, Outputs]:
+        """Normalised images [B, H, W, 3] -> logits [B, K] and the maps on the way."""
+        lower = self.lower(x, mode)
+        features = self.upper(lower, mode)
+        logits, class_maps = self.top(features)
+        return logits, Outputs(lower, features, class_maps)
+
+    def rematerialised(self, block: type[nn.Module]) -> type[nn.Module]:
+        """`block` itself, or its recomputing form where `remat` asks for it."""
+        return nn.remat(block, static_argnums=(2,)) if self.remat else block

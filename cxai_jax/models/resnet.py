@@ -1,0 +1,121 @@
+"""ResNet v1.5 (He et al. 2016; stride in the 3x3), with torchvision's conventions.
+
+Symmetric padding, batch norm epsilon 1e-5 and kernel names that follow torchvision's:
+`layer1_0/conv1/kernel` is `layer1.0.conv1.weight`.
+"""
+
+from flax import linen as nn
+
+from cxai_jax.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from cxai_jax.models.lowering import Lowering, max_pool
+from cxai_jax.models.norm import BatchNorm, ConvNorm
+from cxai_jax.types import Array, Mode
+
+MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
+# Blocks per layer, and whether a block is a bottleneck.
+DEPTHS = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+}
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the width, and a shortcut.
+
+    Attributes:
+      width: channels inside the block.
+      stride: of the first 3x3 convolution.
+      bottleneck: the second form.
+      dtype, lowering: as in `Backbone`.
+    """
+
+    width: int
+    stride: int
+    bottleneck: bool
+    dtype: type
+    lowering: Lowering
+
+    @nn.compact
+    def __call__(self, x: Array, mode: Mode) -> Array:
+        def conv(features: int, k: int, stride: int, name: str) -> ConvNorm:
+            return ConvNorm(
+                features,
+                k,
+                stride,
+                padding=k // 2,
+                dtype=self.dtype,
+                lowering=self.lowering,
+                name=name,
+            )
+
+        if self.bottleneck:
+            y = nn.relu(conv(self.width, 1, 1, "conv1")(x, mode))
+            y = nn.relu(conv(self.width, 3, self.stride, "conv2")(y, mode))
+            y = conv(4 * self.width, 1, 1, "conv3")(y, mode)
+        else:
+            y = nn.relu(conv(self.width, 3, self.stride, "conv1")(x, mode))
+            y = conv(self.width, 3, 1, "conv2")(y, mode)
+        if x.shape != y.shape:
+            x = conv(y.shape[-1], 1, self.stride, "downsample")(x, mode)
+        return nn.relu(x + y)
+
+
+class ResNet(Backbone):
+    """ResNet of one of DEPTHS: stride 32; `lower` ends with layer3.
+
+    Attributes:
+      depths: blocks of the four layers.
+      bottleneck: form of the blocks.
+      extra_bn: batch norm and ReLU after layer2 and after layer4, which the published
+        code of the CT paper adds and its text does not (A10).
+    """
+
+    depths: tuple[int, int, int, int] = (2, 2, 2, 2)
+    bottleneck: bool = False
+    extra_bn: bool = False
+
+    def setup(self) -> None:
+        super().setup()
+        common = {"dtype": self.dtype, "lowering": self.lowering}
+        self.stem = ConvNorm(64, 7, 2, padding=3, name="conv1", **common)
+        block = self.rematerialised(Block)
+        self.layers = [
+            [
+                block(
+                    64 * 2**i,
+                    stride=2 if i and not j else 1,
+                    bottleneck=self.bottleneck,
+                    name=f"layer{i + 1}_{j}",
+                    **common,
+                )
+                for j in range(depth)
+            ]
+            for i, depth in enumerate(self.depths)
+        ]
+        if self.extra_bn:
+            expansion = 4 if self.bottleneck else 1
+            self.extra = [
+                BatchNorm(
+                    width * expansion, lowering=self.lowering, name=f"extra_bn{layer}"
+                )
+                for width, layer in ((128, 2), (512, 4))
+            ]
+
+    def lower(self, x: Array, mode: Mode) -> Array:
+        x = nn.relu(self.stem(x, mode))
+        x = max_pool(x, lowering=self.lowering)
+        for layer in (1, 2, 3):
+            x = self._layer(layer, x, mode)
+        return x
+
+    def upper(self, lower: Array, mode: Mode) -> Array:
+        return self._layer(4, lower, mode)
+
+    def _layer(self, layer: int, x: Array, mode: Mode) -> Array:
+        for block in self.layers[layer - 1]:
+            x = block(x, mode)
+        if self.extra_bn and layer in (2, 4):
+            x = nn.relu(self.extra[layer // 2 - 1](x, mode))
+        return x

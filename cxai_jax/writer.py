@@ -1,0 +1,111 @@
+"""Where a run's numbers go: metrics.jsonl always, the console, TensorBoard if asked."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes JSON in one move: a reader sees the old file or the new, never half."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    text = json.dumps(value, indent=1, default=_plain, allow_nan=True)
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)
+
+
+def _plain(value):
+    if isinstance(value, np.generic):
+        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+class Writer:
+    """Appends metrics to `workdir/metrics.jsonl` and shows progress on the console.
+
+    Only the first process of a multi-host run writes.
+    """
+
+    def __init__(self, workdir: Path, *, start_step: int, active: bool = True):
+        self.active = active
+        self._terminal = sys.stdout.isatty() and not os.environ.get("CI")
+        self._path = workdir / "metrics.jsonl"
+        self._tensorboard = None
+        if not active:
+            return
+        # Rows after the checkpoint belong to a run that died: they will be redone.
+        kept = []
+        if start_step and self._path.exists():
+            rows = self._path.read_text().splitlines()
+            kept = [r for r in rows if _step_of(r) is not None]
+            kept = [r for r in kept if _step_of(r) <= start_step]
+        self._path.write_text("".join(row + "\n" for row in kept))
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            return
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+
+    def scalars(self, step: int, values: dict) -> None:
+        """One row of metrics.jsonl; `values` maps a name to a plain number."""
+        if not self.active:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """uint8 [H, W, 3] to TensorBoard, where it is installed."""
+        if self._tensorboard:
+            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def progress(self, text: str, *, last: bool = False) -> None:
+        """A line that overwrites itself on a terminal and is a plain line elsewhere."""
+        if not self.active:
+            return
+        if self._terminal:
+            print(f"\r\x1b[2K{text}", end="\n" if last else "", flush=True)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+def _step_of(row: str) -> int | None:
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None  # A line cut short by a crash.
+
+
+class Timer:
+    """Images per second and remaining time, measured between log steps."""
+
+    def __init__(self, total_steps: int, step: int, batch_size: int):
+        self._total, self._batch = total_steps, batch_size
+        self._step, self._time = step, time.monotonic()
+
+    def lap(self, step: int) -> tuple[float, float]:
+        """(images/s since the last lap, seconds left at that pace)."""
+        now = time.monotonic()
+        rate = max(step - self._step, 1) / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        return rate * self._batch, (self._total - step) / rate
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    seconds = round(seconds)
+    hours, rest = divmod(seconds, 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

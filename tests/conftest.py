@@ -1,0 +1,24 @@
+"""Shared fixtures. Compiled programs are cached for the session: resuming a run
+compiles the same step again and compilation is what tests spend their time on."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+REPO = Path(__file__).parents[1]
+SHARED = REPO.parent / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def shared():
+    """The folder of real data beside the checkout; the test skips without it."""
+    if not SHARED.exists():
+        pytest.skip("no ../shared beside this checkout")
+    return SHARED

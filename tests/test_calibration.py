@@ -1,0 +1,77 @@
+"""Temperature, operating points and conformal sets against independent values."""
+
+import numpy as np
+import pytest
+
+from cxai_jax import calibration
+
+
+def drawn(n=4000, scale=1.0, seed=0):
+    """Logits whose softmax is the true class distribution, times `scale`."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(n, 3)) * 1.5
+    probs = calibration.softmax(logits)
+    labels = (random.random((n, 1)) > probs.cumsum(1)).sum(1)
+    return logits * scale, labels
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_temperature_recovers_a_known_scale(scale):
+    assert calibration.fit_temperature(*drawn(scale=scale)) == pytest.approx(
+        scale, rel=0.08
+    )
+
+
+def test_temperature_is_the_minimum_of_the_cross_entropy():
+    logits, labels = drawn(300, 2.0)
+
+    def loss(t):
+        probs = calibration.softmax(logits / t)
+        return -np.log(probs[np.arange(len(labels)), labels]).mean()
+
+    best = calibration.fit_temperature(logits, labels)
+    assert loss(best) <= min(loss(best * 1.02), loss(best / 1.02))
+
+
+def test_separable_data_stay_in_bounds():
+    logits = np.array([[5.0, -5.0], [-5.0, 5.0]])
+    right = calibration.fit_temperature(logits, np.array([0, 1]))
+    wrong = calibration.fit_temperature(logits, np.array([1, 0]))
+    assert 0.0499 <= right < 1
+    assert wrong == pytest.approx(20)
+
+
+def test_non_finite_logits_are_refused():
+    with pytest.raises(ValueError, match="finite logits"):
+        calibration.fit_temperature(np.full((2, 2), np.nan), np.array([0, 1]))
+
+
+def test_conformal_sets_cover():
+    logits, labels = drawn(2000, seed=1)
+    new_logits, new_labels = drawn(2000, seed=2)
+    for coverage in (0.8, 0.9, 0.95):
+        quantile = calibration.conformal_quantile(
+            calibration.softmax(logits), labels, coverage
+        )
+        sets = calibration.conformal_sets(calibration.softmax(new_logits), quantile)
+        covered = sets[np.arange(2000), new_labels].mean()
+        assert covered == pytest.approx(coverage, abs=0.025)
+
+
+def test_too_few_images_give_full_sets():
+    probs = np.array([[0.9, 0.1], [0.2, 0.8]])
+    assert calibration.conformal_quantile(probs, np.array([0, 1]), 0.95) == 1.0
+
+
+def test_calibrate_reports_test_values_of_held_out_thresholds():
+    held_out, test = drawn(3000, 2.5, seed=3), drawn(3000, 2.5, seed=4)
+    result = calibration.calibrate(held_out, test, positive=1)
+    assert result["temperature"] == pytest.approx(2.5, rel=0.1)
+    assert result["ece_after"] < 0.03 < result["ece_before"]
+    for point in result["operating_points"]:
+        assert point["specificity"] == pytest.approx(
+            point["specificity_wanted"], abs=0.03
+        )
+        assert 0 < point["sensitivity"] < 1
+    for row in result["conformal"]:
+        assert row["coverage"] == pytest.approx(row["coverage_wanted"], abs=0.03)
