@@ -12,7 +12,6 @@ def get_config(rows: str = "full"):
     config.data.name = "phantom"
     config.data.image_size = 64
     config.data.resize = 72
-    config.cpe.normalize = True
     config.optim.lr_fresh = 0.05
     config.optim.schedule = "cosine"
     config.train.batch_size = 32

@@ -41,7 +41,7 @@ def class_activation_map(features: Array, kernel: Array, labels: Array) -> Array
             f"features {features.shape} end in D = {features.shape[-1]} but the kernel "
             f"{kernel.shape} begins with {kernel.shape[0]}; give it as [D, K]"
         )
-    weights = jnp.take(kernel.astype(jnp.float32), jnp.asarray(labels), axis=1)
+    weights = jnp.take(kernel.astype(jnp.float32), labels, axis=1)
     return jnp.einsum(
         "bhwd,db->bhw",
         features.astype(jnp.float32),

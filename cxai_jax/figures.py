@@ -18,6 +18,7 @@ from cxai_jax.grid import interpolation_matrix
 
 INK = "#010203"  # Near black on paper, the page's own text colour in an SVG.
 COLOURS = ("#3b82c4", "#e07a2f", "#2f9e77", "#b0569b", "#8a8f2f", "#7b6bd6")
+LOSS_TERMS = ("cross_entropy", "cpe", "align", "outside_mask")
 STYLE = {
     "svg.fonttype": "none",  # Text stays text: searchable and read aloud.
     "font.family": "sans-serif",
@@ -35,11 +36,11 @@ STYLE = {
 
 
 @contextmanager
-def chart(width: float = 4.4, height: float = 3.4, columns: int = 1):
-    """A styled figure and its axes, in inches; one axes, or an array of `columns`."""
+def chart(width: float = 4.4, height: float = 3.4):
+    """A styled figure of the given inches and its axes."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((width, height), layout="constrained")
-        yield figure, figure.subplots(1, columns)
+        yield figure, figure.subplots()
 
 
 def to_svg(figure: Figure, description: str) -> str:
@@ -133,38 +134,36 @@ def reliability(labels: np.ndarray, probs: np.ndarray, bins: int = 10) -> Figure
     return figure
 
 
-def learning_curves(curve: Sequence[dict], log: Sequence[dict]) -> Figure:
-    """Training loss by step and, where scored, the accuracy of the other splits.
+def training_loss(log: Sequence[dict]) -> Figure:
+    """The training loss and its terms by step, from the rows of metrics.jsonl."""
+    rows = [row for row in log if "loss" in row]
+    steps = [row["step"] for row in rows]
+    terms = dict.fromkeys(name for row in rows for name in row)
+    with chart() as (figure, axes):
+        for name in ("loss", *(t for t in terms if t in LOSS_TERMS)):
+            axes.plot(steps, [row.get(name, np.nan) for row in rows], label=name)
+        axes.set(xlabel="step", ylabel="training loss")
+        axes.legend()
+    return figure
+
+
+def accuracy_curves(curve: Sequence[dict]) -> Figure:
+    """Accuracy by step of every scored split.
 
     Args:
-      curve: rows {"step": s, split: {"accuracy": a, ...}}, as in results.json.
-      log: rows of metrics.jsonl; those with a "loss" are drawn.
+      curve: rows {"step": s, split: {"accuracy": a, ...}, ...}, as in results.json.
     """
-    with chart(8.8, 3.2, columns=2) as (figure, (left, right)):
-        rows = [row for row in log if "loss" in row]
-        steps = [row["step"] for row in rows]
-        for name in ("loss", "cross_entropy", "cpe", "align"):
-            if any(name in row for row in rows):
-                left.plot(steps, [row.get(name, np.nan) for row in rows], label=name)
-        left.set(xlabel="step", ylabel="training loss")
-        if rows:
-            left.legend()
+    with chart() as (figure, axes):
         for split in dict.fromkeys(k for row in curve for k in row if k != "step"):
             scored = [row for row in curve if split in row]
-            right.plot(
+            axes.plot(
                 [row["step"] for row in scored],
                 [row[split]["accuracy"] for row in scored],
                 marker=".",
                 label=split,
             )
-        if not curve:
-            steps = [row["step"] for row in rows]
-            right.plot(
-                steps, [row.get("accuracy", np.nan) for row in rows], label="training"
-            )
-        right.set(xlabel="step", ylabel="accuracy")
-        if right.lines:
-            right.legend()
+        axes.set(xlabel="step", ylabel="accuracy")
+        axes.legend()
     return figure
 
 
@@ -176,19 +175,18 @@ def trajectories(
     Args:
       probs: name -> p_0 .. p_k of one image, [k+1, K].
       labels: name -> label before voting.
-      theta: support threshold, drawn as the border to the opposing votes. Exact for
-        two classes; with more a vote opposes if one other class reaches 1 - theta.
+      theta: support threshold; the shaded range below it opposes. Exact for two
+        classes; with more a vote opposes if one other class reaches 1 - theta.
     """
-    with chart(7.2, 3.2) as (figure, axes):
+    with chart(5.6, 3.4 + 0.2 * len(probs)) as (figure, axes):
         for name, values in probs.items():
-            axes.plot(values[:, labels[name]], label=name, linewidth=1.4)
-        axes.axhline(theta, color=INK, linewidth=0.8, linestyle="--")
-        axes.axhspan(0, theta, color=INK, alpha=0.06, linewidth=0)
+            axes.plot(values[:, labels[name]], label=name)
+        axes.axhspan(0, theta, color=INK, alpha=0.08, linewidth=0)
         axes.set(xlabel="cells removed", ylabel="probability of the first label")
         axes.set_ylim(-0.02, 1.02)
         axes.margins(x=0.01)
         if probs:
-            figure.legend(loc="outside right center", fontsize=8)
+            figure.legend(loc="outside lower left", fontsize=8)
     return figure
 
 
@@ -233,17 +231,18 @@ def side_by_side(gray: np.ndarray, overlaid: np.ndarray) -> np.ndarray:
     return np.concatenate([plain, gap, overlaid], axis=1)
 
 
-def encode(image: np.ndarray, kind: str, *, height: int | None = None) -> bytes:
-    """The file of a uint8 image [H, W] or [H, W, 3].
+def shrink(image: np.ndarray, height: int) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3] made at most `height` pixels high, aspect kept."""
+    if len(image) <= height:
+        return image
+    width = max(1, round(image.shape[1] * height / len(image)))
+    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BOX)
+    return np.asarray(picture)
 
-    Args:
-      kind: "PNG" or "JPEG".
-      height: pixels; shrinks a taller image, aspect kept.
-    """
-    picture = Image.fromarray(image)
-    if height and picture.height > height:
-        width = max(1, round(picture.width * height / picture.height))
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+
+def encode(image: np.ndarray, kind: str) -> bytes:
+    """The "PNG" or "JPEG" file of a uint8 image [H, W] or [H, W, 3]."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, quality=80)
+    options = {"quality": 80} if kind == "JPEG" else {"compress_level": 1}
+    Image.fromarray(image).save(buffer, kind, **options)
     return buffer.getvalue()

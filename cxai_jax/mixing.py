@@ -296,7 +296,10 @@ def draw(
         jax.random.split(key_permutation, groups)
     )
     count = 1 if boxes == "batch" else batch
-    lam = jax.random.beta(key_lam, beta, beta, (2, count))
+    if beta == 1:  # Uniform; the general sampler loops, which stalls a GPU every step.
+        lam = jax.random.uniform(key_lam, (2, count))
+    else:
+        lam = jax.random.beta(key_lam, beta, beta, (2, count))
     keys = jax.random.split(key_boxes, (2, count))
     return Draw(
         mixes=mixes,

@@ -2,20 +2,23 @@
 
 The page needs no network and no script to be read; a short script adds sorting and
 filtering. Its content security policy admits that script and embedded pictures only,
-so a hostile file name can do nothing even if escaping failed.
+so a hostile file name can do nothing even if escaping failed. `page/` holds the
+frame, the style and the script.
 """
 
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib import resources
 from string import Template
 from typing import NamedTuple
 
 import numpy as np
 
-from cxai_jax import figures, metrics, tta
+from cxai_jax import explain, figures, metrics, tta
 from cxai_jax.data.records import Records
 
 NOTICE = "Research tool, not a medical device. Not for diagnosis or treatment."
@@ -77,7 +80,11 @@ def summary(results: dict) -> str:
 
 
 def run_report(
-    results: dict, predictions: dict, records: Records, log: Sequence[dict]
+    results: dict,
+    predictions: dict,
+    records: Records,
+    log: Sequence[dict],
+    explanations: dict | None = None,
 ) -> str:
     """The page of a finished run.
 
@@ -86,9 +93,11 @@ def run_report(
       predictions: contents of the predictions file.
       records: the scored split, for its pictures.
       log: rows of metrics.jsonl.
+      explanations: contents of the explanations file, where a run has one.
     """
     data, config = results["data"], results["config"]
-    names, positive = data["class_names"], data["positive"]
+    names = data["class_names"]
+    positive = names.index(data["positive"])
     probs, labels = predictions["probs"], predictions["labels"]
     before, k = probs[:, 0].argmax(1), probs.shape[1] - 1
     theta = config["tta"]["theta"]
@@ -109,6 +118,8 @@ def run_report(
         ),
         _section("Charts", _charts(results, predictions, after, log)),
     ]
+    if results["calibration"]:
+        parts.append(_calibration_section(results["calibration"], data["positive"]))
     certainty = probs[:, 0].max(1)
     right = before == labels
     kinds = {
@@ -126,6 +137,8 @@ def run_report(
     ]
     if k:
         parts.append(_voting_section(predictions, before, after, opposing, theta))
+    if explanations:
+        parts.append(_explanations_section(explanations, records, names))
     shown = np.arange(len(labels))
     note = ""
     if len(shown) > MAX_ROWS:
@@ -160,7 +173,7 @@ def prediction_report(
     *,
     class_names: Sequence[str],
     positive: int,
-    patients: Sequence[tuple[str, int, float, str]],
+    patients: Iterable[tuple[str, int, float, str]],
     about: dict,
 ) -> str:
     """The page of the predict command.
@@ -197,8 +210,7 @@ def prediction_report(
         parts.append(
             _section(
                 "Errors",
-                '<p class="verdict warn">These were not predicted; everything else '
-                "was.</p>",
+                '<p class="verdict warn">These could not be predicted.</p>',
                 _table(("File", "Reason"), errors),
             )
         )
@@ -214,7 +226,16 @@ def prediction_report(
             )
         )
     if rows:
-        parts.append(_section("Images", _image_table(rows, class_names, positive)))
+        folder = os.path.commonpath([os.path.dirname(row.name) for row in rows])
+        prefix = folder and folder.rstrip("/") + "/"
+        rows = [row._replace(name=row.name.removeprefix(prefix)) for row in rows]
+        parts.append(
+            _section(
+                "Images",
+                f"<p>Files are in {escape(prefix)}.</p>" if prefix else "",
+                _image_table(rows, class_names, positive),
+            )
+        )
     parts.append(_details("About this prediction", about))
     return _page("Predictions", f"{len(rows)} images", parts)
 
@@ -222,8 +243,7 @@ def prediction_report(
 def _score_rows(scored: dict) -> Iterable[tuple[str, dict]]:
     """(name, scores) of every group that evaluate.score made."""
     yield "all images", scored["all"]
-    for site, values in scored.get("per_site", {}).items():
-        yield site, values
+    yield from scored.get("per_site", {}).items()
     if "per_patient" in scored:
         yield "per patient", scored["per_patient"]
     if "voted" in scored:
@@ -255,7 +275,8 @@ def _score_table(scored: dict) -> str:
 
 def _charts(results, predictions, after, log) -> str:
     data = results["data"]
-    names, positive = data["class_names"], data["positive"]
+    names = data["class_names"]
+    positive = names.index(data["positive"])
     labels, sites = predictions["labels"], predictions["sites"]
     probs = predictions["probs"][:, 0]
     score = probs[:, positive]
@@ -288,17 +309,18 @@ def _charts(results, predictions, after, log) -> str:
             f"Reliability; expected calibration error {_percent(scored['ece'])}",
         )
     )
-    if log:
+    if any("loss" in row for row in log):
+        charts.append((figures.training_loss(log), "Learning curve: training loss"))
+    if results["curve"]:
         charts.append(
-            (figures.learning_curves(results["curve"], log), "Learning curves")
+            (figures.accuracy_curves(results["curve"]), "Learning curve: accuracy")
         )
     return '<div class="charts">' + "".join(_chart(*c) for c in charts) + "</div>"
 
 
 def _chart(figure, caption: str) -> str:
-    wide = ' class="wide"' if figure.get_figwidth() > 6 else ""
     svg = figures.to_svg(figure, caption)
-    return f"<figure{wide}>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _gallery(predictions, records, names, rows) -> str:
@@ -314,11 +336,71 @@ def _gallery(predictions, records, names, rows) -> str:
             f"{predictions['names'][i]}: true {names[predictions['labels'][i]]}, "
             f"predicted {names[label]} ({_percent(probs[label])})"
         )
-        picture = _picture(figures.encode(panel, "JPEG", height=256), caption)
+        picture = _picture(figures.encode(figures.shrink(panel, 256), "JPEG"), caption)
         figure.append(
             f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
         )
     return f'<div class="gallery">{"".join(figure)}</div>'
+
+
+def _explanations_section(found: dict, records: Records, names) -> str:
+    score, rows = explain.agreement(found), {n: i for i, n in enumerate(records.names)}
+    chosen = found["probs"].argmax(1)
+    figure = []
+    for i in np.argsort(score):  # The worst first; flat maps (NaN) at the end.
+        gray = records.images[rows[found["names"][i]]]
+        panel = explain.panel(gray, [found[name][i] for name in explain.MAPS])
+        agreement = "no agreement defined: a map is flat"
+        if np.isfinite(score[i]):
+            agreement = f"agreement {score[i]:+.2f}"
+        caption = (
+            f"{agreement}. {found['names'][i]}: true {names[found['labels'][i]]}, "
+            f"predicted {names[chosen[i]]}"
+        )
+        picture = _picture(figures.encode(figures.shrink(panel, 256), "JPEG"), caption)
+        figure.append(
+            f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
+        )
+    return _section(
+        "Do the explanations agree?",
+        f"<p>Left to right: image, {', '.join(explain.MAPS.values())}, each of the "
+        "predicted class. Agreement is the mean rank correlation of the three maps, 1 "
+        "if they order the regions equally; it says nothing about being right. "
+        f"{len(score)} images, least agreement first.</p>",
+        f'<div class="gallery wide">{"".join(figure)}</div>',
+    )
+
+
+def _calibration_section(fitted: dict, positive: str) -> str:
+    points = [
+        (
+            f"Specificity {_percent(point['specificity_wanted'])}",
+            f"{point['threshold']:.3f}",
+            _percent(point["sensitivity"]),
+            _percent(point["specificity"]),
+        )
+        for point in fitted["operating_points"]
+    ]
+    sets = [
+        (
+            f"Coverage {_percent(row['coverage_wanted'])}",
+            _percent(row["coverage"]),
+            f"{row['mean_set_size']:.2f}",
+            _percent(row["single_class_share"]),
+        )
+        for row in fitted["conformal"]
+    ]
+    return _section(
+        "Calibration and operating points",
+        f"<p>Fitted on {fitted['held_out']} validation images, measured on the test "
+        f"images. Temperature {fitted['temperature']:.2f}: expected calibration error "
+        f"{_percent(fitted['ece_before'])} before, {_percent(fitted['ece_after'])} "
+        "after.</p>",
+        _table(
+            ("Wanted", f"Threshold on {positive}", "Sensitivity", "Specificity"), points
+        ),
+        _table(("Prediction sets", "Coverage", "Classes per image", "One class"), sets),
+    )
 
 
 def _voting_section(predictions, before, after, opposing, theta) -> str:
@@ -339,7 +421,9 @@ def _voting_section(predictions, before, after, opposing, theta) -> str:
         f"<p>{k} masks, threshold {theta}: {len(flips)} labels flipped, {helped} of "
         f"them to the true class. A label flips if more than {k / 2:g} votes oppose "
         "it.</p>",
-        _chart(figure, "Score while the most relevant cells are removed"),
+        '<div class="charts">'
+        + _chart(figure, "Score while the most relevant cells are removed")
+        + "</div>",
     )
 
 
@@ -455,177 +539,17 @@ def _details(title: str, about: dict) -> str:
 
 
 def _page(title: str, subtitle: str, parts: Sequence[str]) -> str:
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    return PAGE.substitute(
+    html, style, script = (
+        (resources.files("cxai_jax") / "page" / f"page.{kind}").read_text("utf-8")
+        for kind in ("html", "css", "js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Template(html).substitute(
         title=escape(title),
         subtitle=escape(subtitle),
         notice=NOTICE,
-        style=STYLE,
-        script=SCRIPT,
+        style=style,
+        script=script,
         digest=digest,
         body="\n".join(parts),
     )
-
-
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
-img-src data:; style-src 'unsafe-inline'; script-src 'sha256-$digest'">
-<link rel="icon" href="data:,">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the results</a>
-<p id="notice">$notice</p>
-<header><h1>$title</h1><p>$subtitle</p></header>
-<main id="main">
-$body
-</main>
-<script>$script</script>
-</body>
-</html>
-""")
-
-STYLE = """
-:root { color-scheme: light dark; --page: #fff; --card: #f5f6f8; --ink: #1b1f24;
-  --soft: #59616b; --line: #d8dce1; --accent: #1f6fb2; --warn: #fdeede;
-  --warn-line: #d9762b; --fine: #e6f4ec; --fine-line: #2f8f62; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1e2226;
-  --ink: #e6e9ec; --soft: #a0a8b0; --line: #363c43; --accent: #74b3e8;
-  --warn: #3a2815; --warn-line: #e89550; --fine: #16301f; --fine-line: #55b488; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-#notice { margin: 0; padding: .45rem 1rem; text-align: center; font-weight: 600;
-  background: var(--warn); border-bottom: 2px solid var(--warn-line); }
-header, main { max-width: 76rem; margin: auto; padding: 0 1rem; }
-h1 { margin: 1.2rem 0 0; font-size: 1.7rem; overflow-wrap: anywhere; }
-header p { margin: 0; color: var(--soft); }
-h2 { margin: 2rem 0 .6rem; font-size: 1.2rem; }
-a { color: var(--accent); }
-.skip { position: absolute; left: -99rem; }
-.skip:focus { left: 1rem; top: .3rem; padding: .3rem .8rem; background: var(--page); }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-.verdict { padding: .6rem .9rem; border-left: 5px solid; border-radius: 4px; }
-.warn { background: var(--warn); border-color: var(--warn-line); }
-.fine { background: var(--fine); border-color: var(--fine-line); }
-.tiles { display: flex; flex-wrap: wrap; gap: .6rem; margin: 0; padding: 0;
-  list-style: none; }
-.tiles li { flex: 1 1 9rem; padding: .7rem .9rem; border-radius: 8px;
-  background: var(--card); color: var(--soft); font-size: .9rem; }
-.tiles b { display: block; color: var(--ink); font-size: 1.6rem; line-height: 1.2; }
-.charts, .gallery { display: flex; flex-wrap: wrap; gap: 1rem; align-items: stretch; }
-figure { margin: 0; padding: .8rem; border-radius: 8px; background: var(--card); }
-.charts figure { flex: 1 1 20rem; max-width: 27rem; }
-.charts figure.wide { flex-basis: 40rem; max-width: none; }
-figure svg { display: block; width: 100%; height: auto; max-height: 22rem; }
-figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
-.gallery figure { flex: 1 1 18rem; max-width: 36rem; }
-figcaption { margin-top: .4rem; color: var(--soft); font-size: .88rem;
-  overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { padding-bottom: .4rem; text-align: left; color: var(--soft);
-  font-size: .88rem; }
-th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line);
-  text-align: left; vertical-align: middle; }
-thead th { color: var(--soft); font-size: .85rem; font-weight: 600; }
-tbody th { font-weight: 600; }
-td small { display: block; color: var(--soft); }
-td[data-h="File"], tbody th { overflow-wrap: anywhere; }
-#images img { display: block; height: 88px; width: auto; border-radius: 3px; }
-#images thead { position: sticky; top: 0; background: var(--page); }
-th button { padding: .2rem 0; border: 0; background: none; color: inherit;
-  font: inherit; text-align: left; cursor: pointer; }
-th button::after { content: " \\2195"; opacity: .45; }
-th[aria-sort="ascending"] button::after { content: " \\2191"; opacity: 1; }
-th[aria-sort="descending"] button::after { content: " \\2193"; opacity: 1; }
-.bar { display: block; width: 6rem; height: 5px; margin-top: 3px; border-radius: 3px;
-  background: linear-gradient(to right, var(--accent) calc(100% * var(--p)),
-  var(--line) 0); }
-mark { display: inline-block; margin: 1px 0; padding: 0 .45rem; border-radius: 9px;
-  background: var(--warn); color: inherit; font-size: .85rem; }
-#controls { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; align-items: center;
-  margin-bottom: .6rem; }
-#controls[hidden] { display: none; }
-input, select { padding: .35rem .5rem; border: 1px solid var(--line);
-  border-radius: 6px; background: var(--page); color: inherit; font: inherit; }
-#count { color: var(--soft); }
-details { margin: 2rem 0; }
-pre { overflow-x: auto; padding: .8rem; border-radius: 8px; background: var(--card);
-  font-size: .82rem; }
-@media (max-width: 40rem) {
-  table, tbody, tbody tr, tbody th, tbody td { display: block; }
-  thead tr { display: flex; flex-wrap: wrap; gap: 0 .8rem; }
-  table:not(#images) thead { display: none; }
-  #images thead { position: static; }
-  thead th { padding: .2rem 0; border: 0; }
-  tbody tr { padding: .6rem 0; border-bottom: 1px solid var(--line); }
-  #images tbody tr { content-visibility: auto; contain-intrinsic-size: auto 17rem; }
-  tbody tr[hidden] { display: none; }
-  tbody th, tbody td { padding: .1rem 0; border: 0; }
-  tbody td:empty { display: none; }
-  tbody td[data-h]::before { content: attr(data-h) ": "; color: var(--soft); }
-  td[data-h="Picture"]::before, td[data-h="File"]::before { content: none; }
-  td[data-h="File"] { font-weight: 600; }
-  #images img { width: 100%; height: auto; max-width: 22rem; }
-  td small { display: inline; }
-}
-@media print { #controls, .skip { display: none; } }
-"""
-
-SCRIPT = """
-(() => {
-  const table = document.getElementById("images");
-  if (!table) return;
-  const body = table.tBodies[0], rows = [...body.rows];
-  const search = document.getElementById("search");
-  const show = document.getElementById("show");
-  const words = rows.map((row) => row.textContent.toLowerCase());
-  const tags = rows.map((row) => row.dataset.tags.split(" "));
-  const filter = () => {
-    const text = search.value.toLowerCase();
-    let shown = 0;
-    rows.forEach((row, i) => {
-      const keep = words[i].includes(text) &&
-        (!show.value || tags[i].includes(show.value));
-      row.hidden = !keep;
-      shown += keep;
-    });
-    document.getElementById("count").textContent =
-      shown + " of " + rows.length + " images";
-  };
-  const value = (row, column) => {
-    const cell = row.cells[column];
-    return "v" in cell.dataset ? Number(cell.dataset.v) : cell.textContent;
-  };
-  const headings = [...table.tHead.rows[0].cells];
-  headings.forEach((heading, column) => {
-    if (heading.textContent === "Picture") return;
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = heading.textContent;
-    button.addEventListener("click", () => {
-      const up = heading.getAttribute("aria-sort") !== "ascending";
-      headings.forEach((other) => other.removeAttribute("aria-sort"));
-      heading.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const order = new Intl.Collator(undefined, { numeric: true }).compare;
-      const compare = (a, b) =>
-        typeof a[0] === "number" && typeof b[0] === "number"
-          ? a[0] - b[0] : order(a[0], b[0]);
-      const keyed = rows.map((row) => [value(row, column), row]).sort(compare);
-      if (!up) keyed.reverse();
-      body.append(...keyed.map((pair) => pair[1]));
-    });
-    heading.replaceChildren(button);
-  });
-  search.addEventListener("input", filter);
-  show.addEventListener("change", filter);
-  document.getElementById("controls").hidden = false;
-  filter();
-})();
-"""

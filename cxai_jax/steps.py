@@ -20,6 +20,7 @@ from flax import struct
 
 from cxai_jax import alignment, losses, saliency, tta
 from cxai_jax.augment import augment, normalise
+from cxai_jax.cam import of_class, patch_relevance
 from cxai_jax.mixing import MIXES
 from cxai_jax.types import Array, Batch, PyTree
 
@@ -162,7 +163,7 @@ def make_train_step(
                     ranked = clean_map
                 terms["cpe"] = losses.contrastive_patch_embedding(
                     out.features,
-                    jax.lax.stop_gradient(ranked),
+                    jax.lax.stop_gradient(patch_relevance(ranked)),
                     num_patches=cpe.num_patches,
                     normalize=cpe.normalize,
                     temperature=cpe.temperature,
@@ -217,7 +218,7 @@ def make_train_step(
             gradient = jax.tree.map(lambda g: g / count, gradient)
             metrics = jax.tree.map(jnp.mean, metrics)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = norm(gradient)
         state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
@@ -288,9 +289,9 @@ def alignment_terms(align, network, images, outputs, labels, masks):
     return total, jax.lax.stop_gradient(terms)
 
 
-def of_class(class_maps: Array, labels: Array) -> Array:
-    """Picks each image's map: [B, h, w, K], int [B] -> [B, h, w]."""
-    return jnp.take_along_axis(class_maps, labels[:, None, None, None], axis=3)[..., 0]
+def norm(tree: PyTree) -> Array:
+    """L2 norm over all leaves, float32 scalar."""
+    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:

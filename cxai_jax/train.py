@@ -20,7 +20,16 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from cxai_jax import calibration, data, evaluate, models, steps
+from cxai_jax import (
+    calibration,
+    data,
+    evaluate,
+    explain,
+    models,
+    novelty,
+    report,
+    steps,
+)
 from cxai_jax import mesh as meshes
 from cxai_jax.checkpoint import Checkpoints
 from cxai_jax.config import claim_workdir
@@ -29,7 +38,9 @@ from cxai_jax.data.records import Dataset, Records, concatenate
 from cxai_jax.models import pretrained
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.types import PyTree
-from cxai_jax.writer import Timer, Writer, clock, write_json
+from cxai_jax.writer import Timer, Writer, clock, read_log, write_json
+
+EXPLAINED = 24  # Test images whose maps are measured where an alignment term is on.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +204,16 @@ def train(config, workdir: Path) -> dict:
             f"{steps_per_epoch} steps per epoch, {total_steps} steps, images on the "
             f"{compiled['residency']}"
         )
-        state = loop(run, writer, advance, state, step, total_steps, steps_per_epoch)
+        state = loop(
+            run,
+            writer,
+            advance,
+            state,
+            step,
+            total_steps,
+            steps_per_epoch,
+            compiled["residency"],
+        )
     run.checkpoints.wait()
     results = conclude(run, state)
     results["time"] = {**compiled, "total_s": time.monotonic() - started}
@@ -202,7 +222,7 @@ def train(config, workdir: Path) -> dict:
     return results
 
 
-def loop(run, writer, advance, state, step, total_steps, steps_per_epoch):
+def loop(run, writer, advance, state, step, total_steps, steps_per_epoch, residency):
     """Advances `state` to `total_steps`; logs, scores and saves when due."""
     config = run.config.train
     periods = {
@@ -237,7 +257,7 @@ def loop(run, writer, advance, state, step, total_steps, steps_per_epoch):
                 print(f"stopped at step {step}; the same command continues", flush=True)
                 sys.exit(128 + signal.SIGTERM)
     share = waiting / max(time.monotonic() - begun, 1e-9)
-    if share > 0.2:
+    if share > 0.2 and residency == "host":
         logging.warning(
             "host-bound: the devices waited for images %.0f %% of the time; set "
             "config.data.residency=device if the data fit",
@@ -313,8 +333,10 @@ def conclude(run: Run, state) -> dict:
             positive=dataset.positive,
         )
     optimistic = [row[split]["accuracy"] for row in run.curve if split in row]
+    explained = config.align.weight > 0 or config.align.mask_weight > 0
     return {
         "metrics": evaluate.score(predictions, dataset, config),
+        "explanations": explain_some(run, state) if explained else {},
         "calibration": calibrated,  # {} where no validation split was held out.
         "selected": selected,
         "best_test_epoch_accuracy (reference protocol, optimistic)": max(
@@ -325,6 +347,7 @@ def conclude(run: Run, state) -> dict:
             "name": dataset.name,
             "class_names": list(dataset.class_names),
             "positive": dataset.class_names[dataset.positive],
+            "site_names": list(dataset.site_names),
             "split_scheme": dataset.split_scheme,
             "fingerprint": dataset.fingerprint,
             "counts": {name: len(records) for name, records in dataset.splits.items()},
@@ -341,10 +364,39 @@ def conclude(run: Run, state) -> dict:
     }
 
 
-def finish(run: Run, writer: Writer | None, results: dict) -> None:
-    """Writes results.json and closes the run's files."""
+def explain_some(run: Run, state) -> dict:
+    """Measures the maps of some test images and keeps them for the report."""
+    config, split = run.config, run.config.data.test
+    records = run.dataset.splits[split]
+    records = records.subset(explain.evenly(len(records), EXPLAINED))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    found = explain.explain(
+        run.network.model, run.network.scale, config, run.mesh, variables, records
+    )
     if jax.process_index() == 0:
+        explain.save(run.workdir / f"explanations_{split}.npz", found)
+    masks = explain.lung_masks(records, config.data.image_size)
+    return explain.summarise(explain.measure(found, masks))
+
+
+def finish(run: Run, writer: Writer | None, results: dict) -> None:
+    """Writes results.json, report.html and what `predict` needs; closes the files."""
+    if jax.process_index() == 0:
+        config, split = run.config, run.config.data.test
         write_json(run.workdir / "results.json", results)
+        fit = fit_records(run.dataset, config.data.fit)
+        described = novelty.describe(fit, config.data.resize)
+        write_json(run.workdir / novelty.FILE, described)
+        page = report.run_report(
+            results,
+            evaluate.load_predictions(run.workdir / f"predictions_{split}.npz"),
+            run.dataset.splits[split],
+            read_log(run.workdir),
+            explain.load(run.workdir / f"explanations_{split}.npz")
+            if results["explanations"]
+            else None,
+        )
+        (run.workdir / "report.html").write_text(page, encoding="utf-8")
     if writer:
         writer.close()
     run.checkpoints.close()

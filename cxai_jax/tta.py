@@ -341,8 +341,8 @@ def vote_early(
             votes[row, mask] = np.asarray(forward(variants))[: row.size]
             forwards += room
         begin = cast[undecided] = end
-        against = np.asarray(opposes(votes, original, theta=theta))
-        against &= np.arange(k) < cast[:, None]
+        was_cast = np.arange(k) < cast[:, None]
+        against = np.asarray(opposes(votes, original, theta=theta)) & was_cast
         undecided = undecided[~decided(against[undecided].sum(1), end, k, classes)]
     result = count_votes(
         jnp.asarray(votes), jnp.asarray(original), jnp.asarray(against)

@@ -17,6 +17,13 @@ def write_json(path: Path, value: dict) -> None:
     os.replace(temporary, path)
 
 
+def read_log(workdir: Path) -> list[dict]:
+    """The rows of metrics.jsonl; [] without one, a line cut short is left out."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) is not None]
+
+
 def _plain(value):
     if isinstance(value, np.generic):
         return value.item()

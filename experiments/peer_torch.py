@@ -3,16 +3,17 @@
 Two versions of the step and of test-time voting, by what a reader of the paper would
 run (method.md 1-3, 10):
 
-  published  what the published trainer does: the class map is made twice, in train mode
-             and image by image; NCHW; sliced and resized boxes; a sampler over one
-             channel at a time for the patches; a host read of the loss each step. Voting
-             runs 33 forwards of two copies of one image, with autograd on.
+  published  what the published trainer does: two class-map passes, in train mode and
+             image by image; NCHW; sliced and resized boxes; patches read one channel at
+             a time; a host read of the loss each step. Voting runs 33 forwards of two
+             copies of one image, with autograd on.
   fair       what a careful PyTorch user would write: one class map, vectorised,
              channels last, no host read. Voting is one batch of 32.
 
 Deviations from the published code, all in its favour or without cost: the contrastive
 term reads the cells that were ranked and computes Eq. 1 (the published reads miss
-them), the vote rule is the paper's, the head has as many classes as the task.
+them) of unit vectors, as the benchmark's own step does (raw products of an untrained
+network diverge); the vote rule is the paper's; the head has two classes.
 """
 
 import math
@@ -225,7 +226,7 @@ def published_step(network, images, labels):
     # The sampler refuses bfloat16 on some devices, and the dot products overflow it.
     features = features.float()
     u, v = sampled_patches(features, top), sampled_patches(features, bottom)
-    cells = torch.cat([u, v], dim=1)
+    cells = F.normalize(torch.cat([u, v], dim=1), dim=2)
     contrastive = equation_one(cells @ cells.transpose(1, 2)).mean()
     loss = weight_a * F.cross_entropy(logits, labels, reduction="none")
     loss = loss + weight_b * F.cross_entropy(logits, labels_b, reduction="none")
@@ -311,6 +312,7 @@ def fair_step(network, images, labels, mode: str):
     cells = torch.cat([ranked.topk(2).indices, (-ranked).topk(2).indices], dim=1)
     flat = features.flatten(2).transpose(1, 2)
     picked = flat.gather(1, cells[..., None].expand(-1, -1, flat.shape[-1])).float()
+    picked = F.normalize(picked, dim=2)
     contrastive = equation_one(picked @ picked.transpose(1, 2)).mean()
     loss = weight_a * F.cross_entropy(logits, labels, reduction="none")
     loss = loss + weight_b * F.cross_entropy(logits, labels_b, reduction="none")

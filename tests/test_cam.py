@@ -29,6 +29,9 @@ def naive_percent_map(maps, size):
     return out
 
 
+percent_map = jax.jit(cam.semantic_percent_map, static_argnums=1)
+
+
 @pytest.fixture
 def maps():
     return np.random.default_rng(0).normal(size=(3, 4, 4))
@@ -48,18 +51,24 @@ def test_class_activation_map_equals_a_float64_loop():
 
 def test_bfloat16_features_are_accumulated_in_float32():
     features = jnp.ones((1, 1, 1, 2048), jnp.bfloat16)
-    got = cam.class_activation_map(features, jnp.ones((2048, 2), jnp.bfloat16), [1])
+    got = cam.class_activation_map(
+        features, jnp.ones((2048, 2), jnp.bfloat16), np.array([1])
+    )
     assert got.dtype == jnp.float32
     assert got[0, 0, 0] == 2048
 
 
 def test_swapped_kernel_is_refused():
     with pytest.raises(ValueError, match=r"give it as \[D, K\]"):
-        cam.class_activation_map(jnp.ones((1, 2, 2, 8)), jnp.ones((2, 8)), [0])
+        cam.class_activation_map(
+            jnp.ones((1, 2, 2, 8)), jnp.ones((2, 8)), np.array([0])
+        )
 
 
 def test_a_label_that_does_not_exist_is_not_silently_clamped():
-    got = cam.class_activation_map(jnp.ones((1, 2, 2, 8)), jnp.ones((8, 2)), [2])
+    got = cam.class_activation_map(
+        jnp.ones((1, 2, 2, 8)), jnp.ones((8, 2)), np.array([2])
+    )
     assert np.isnan(got).all()
 
 
@@ -78,24 +87,24 @@ def test_centred_map_ignores_what_all_classes_share(maps):
 
 @pytest.mark.parametrize("size", [(20, 20), (24, 16)])
 def test_percent_map_equals_a_float64_loop(maps, size):
-    got = cam.semantic_percent_map(jnp.asarray(maps, jnp.float32), size)
+    got = percent_map(jnp.asarray(maps, jnp.float32), size)
     np.testing.assert_allclose(got, naive_percent_map(maps, size), atol=1e-8)
 
 
 def test_percent_map_sums_to_one_and_ignores_bias_and_scale(maps):
     maps = jnp.asarray(maps, jnp.float32)
-    percent = cam.semantic_percent_map(maps, 32)
+    percent = percent_map(maps, 32)
     assert (percent >= 0).all()
     np.testing.assert_allclose(percent.sum((1, 2)), 1, atol=1e-5)
     for other in (maps + 5, 1e-20 * maps, 1e20 * maps):
-        again = cam.semantic_percent_map(other, 32)
+        again = percent_map(other, 32)
         np.testing.assert_allclose(again, percent, atol=1e-8)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -1e6])
 def test_constant_map_becomes_uniform_even_with_rounding_noise(value):
     constant = jnp.full((2, 7, 7), value).at[1, 3, 3].multiply(1 + 2e-7)
-    percent = cam.semantic_percent_map(constant, 28)
+    percent = percent_map(constant, 28)
     np.testing.assert_allclose(percent, 1 / 28**2, rtol=1e-6)
     assert cam.is_flat(constant).all()
     assert not cam.is_flat(constant.at[:, 0, 0].add(1.0 + 1e-3 * abs(value))).any()

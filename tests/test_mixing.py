@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cxai_jax import cam as cams
-from cxai_jax.mixing import MIXES, paste, sample_box, snapmix, taps
+from cxai_jax.mixing import MIXES, draw, paste, sample_box, snapmix, taps
 
 REFERENCE = Path(__file__).parents[1].parent / "shared/reference/snapmix_visible.npz"
 OPTIONS = dict(prob=1.0, beta=1.0, same_class="double", boxes="batch", groups=1)
@@ -46,6 +46,7 @@ def batch():
 SWAP = jnp.array([3, 2, 0, 1])  # Same class for rows 0 and 1, not for 2 and 3.
 BOX_A, BOX_B = jnp.array([2, 3, 9, 14]), jnp.array([0, 6, 12, 11])
 mix = jax.jit(snapmix, static_argnames="same_class")
+run_paste = jax.jit(paste)
 run_mix = jax.jit(
     lambda name, key, images, labels, maps, options: MIXES[name](
         key, images, labels, maps, **dict(options)
@@ -74,7 +75,7 @@ def test_snapmix_reproduces_the_published_implementation(case):
     np.testing.assert_allclose(
         cams.semantic_percent_map(class_map, size), given["spm"], atol=1e-7
     )
-    got = snapmix(
+    got = mix(
         given["images"],
         given["labels"],
         class_map,
@@ -103,7 +104,7 @@ def test_snapmix_reproduces_the_published_implementation(case):
 def test_paste_equals_a_per_pixel_loop(batch, dst, src):
     images = np.asarray(batch[0])
     dsts, srcs = (jnp.broadcast_to(jnp.array(box), (4, 4)) for box in (dst, src))
-    got = jax.jit(paste)(batch[0], batch[0][SWAP], dsts, srcs)
+    got = run_paste(batch[0], batch[0][SWAP], dsts, srcs)
     assert got.dtype == jnp.float32
     for i, donor in enumerate(SWAP):
         expected = naive_paste(images[i], images[donor].astype(float), dst, src)
@@ -224,10 +225,9 @@ def test_sampled_boxes_at_both_ends_of_lambda():
 
 
 @pytest.mark.parametrize("name", MIXES)
-@pytest.mark.parametrize("boxes", ["batch", "sample"])
-def test_every_mix_follows_its_permutation_and_weights(batch, name, boxes):
+def test_every_mix_follows_its_permutation_and_weights(batch, name):
     images, labels, _ = batch
-    got = random_mix(name, jax.random.key(3), batch, boxes=boxes)
+    got = random_mix(name, jax.random.key(3), batch)
     assert got.images.dtype == got.weight_a.dtype == got.weight_b.dtype == jnp.float32
     assert sorted(got.permutation.tolist()) == [0, 1, 2, 3]
     np.testing.assert_array_equal(got.labels_a, labels)
@@ -247,11 +247,25 @@ def test_every_mix_follows_its_permutation_and_weights(batch, name, boxes):
         donors = np.asarray(images, float)[np.asarray(got.permutation)]
         expected = share * np.asarray(images, float) + (1 - share) * donors
         np.testing.assert_allclose(got.images, expected, atol=1e-4)
-    if boxes == "batch" and name != "snapmix":
+    if name != "snapmix":
         assert len(np.unique(got.weight_a)) == 1
 
 
-@pytest.mark.parametrize("name", MIXES)
+def test_boxes_per_sample_are_drawn_for_every_image(batch):
+    got = random_mix("cutmix", jax.random.key(3), batch, boxes="sample")
+    assert len(np.unique(got.weight_a)) == 4
+
+
+def test_beta_shapes_lambda():
+    options = OPTIONS | {"beta": 5.0, "boxes": "sample"}
+    del options["same_class"]
+    lam = jax.jit(lambda key: draw(key, 2000, **options).lam)(jax.random.key(6))
+    # Beta(5, 5) has the standard deviation sqrt(25 / (100 * 11)) = 0.151.
+    np.testing.assert_allclose(lam.mean(), 0.5, atol=0.015)
+    np.testing.assert_allclose(lam.std(), 0.151, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["snapmix", "as_cutmix", "mixup", "cutout"])
 def test_probability_zero_leaves_the_batch(batch, name):
     got = random_mix(name, jax.random.key(4), batch, prob=0.0)
     np.testing.assert_array_equal(got.images, batch[0])
@@ -296,7 +310,7 @@ def test_partners_stay_in_their_group(batch):
 )
 def test_impossible_settings_are_refused(batch, options, message):
     with pytest.raises(ValueError, match=message):
-        MIXES["snapmix"](jax.random.key(0), *batch, **(OPTIONS | options))
+        random_mix("snapmix", jax.random.key(0), batch, **options)
 
 
 def test_a_map_of_another_batch_is_refused(batch):
@@ -308,7 +322,7 @@ def test_a_map_of_another_batch_is_refused(batch):
 
 
 SHARDED = """
-import json, re
+import json, math, re
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from cxai_jax.mixing import MIXES
@@ -318,22 +332,37 @@ rows = NamedSharding(mesh, PartitionSpec("data"))
 images = jax.random.normal(jax.random.key(0), (16, 32, 32, 3))
 labels, maps = jnp.arange(16) % 2, jax.random.normal(jax.random.key(1), (16, 4, 4))
 
-def run(images, labels, maps):
-    return MIXES["snapmix"](jax.random.key(2), images, labels, maps, prob=1.0, beta=1.0,
-                            same_class="double", boxes="sample", groups=8)
+def mixer(name, groups):
+    return lambda images, labels, maps: MIXES[name](
+        jax.random.key(2), images, labels, maps, prob=1.0, beta=1.0,
+        same_class="double", boxes="batch", groups=groups)
 
-sharded = jax.jit(run, in_shardings=rows, out_shardings=rows)
-text = sharded.lower(images, labels, maps).compile().as_text()
-moved = re.findall(r"= (\\S+) (?:all-gather|all-to-all|collective-permute)", text)
-counts = [list(map(int, re.findall(r"\\d+", shape.split("[")[1].split("]")[0])))
-          for shape in moved if "[" in shape]
+def compiled(run):
+    run = jax.jit(run, in_shardings=rows, out_shardings=rows)
+    return run.lower(images, labels, maps).compile()
+
+def largest_moved(program):
+    # Elements of the largest array that a collective hands to another device.
+    kinds = "all-gather|all-to-all|all-reduce|collective-permute"
+    shapes = re.findall(rf"= (.*?) (?:{kinds})", program.as_text())
+    dims = [d for shape in shapes for d in re.findall(r"\\w+\\[([0-9,]*)\\]", shape)]
+    return max([math.prod(map(int, filter(None, d.split(",")))) for d in dims] or [0])
+
+run = mixer("snapmix", 8)
+sharded = compiled(run)
 one = jax.jit(run)(images, labels, maps)
 many = sharded(*(jax.device_put(x, rows) for x in (images, labels, maps)))
 gap = max(float(abs(a - b).max()) for a, b in zip(one, many))
-print(json.dumps({"moved": counts, "gap": gap, "devices": jax.device_count()}))
+print(json.dumps({
+    "grouped": largest_moved(sharded),
+    "pooled": largest_moved(compiled(mixer("cutmix", 1))),
+    "gap": gap,
+    "devices": jax.device_count(),
+}))
 """
 
 
+@pytest.mark.slow  # Two programs are partitioned over 8 devices: 30 s of compilation.
 def test_no_image_crosses_devices_when_groups_are_devices():
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -351,5 +380,5 @@ def test_no_image_crosses_devices_when_groups_are_devices():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["devices"] == 8
     assert found["gap"] < 1e-5
-    for shape in found["moved"]:  # Indices and keys may move, never a row of pixels.
-        assert np.prod(shape) < 32 * 32 * 3
+    # Without groups whole batches are gathered; with them not one image is.
+    assert found["pooled"] >= 32 * 32 * 3 > found["grouped"]

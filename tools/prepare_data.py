@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from cxai_jax.data import DATASETS, store
 from cxai_jax.data.cxr import plan_cxr
 from cxai_jax.data.folder import plan_folder
+from cxai_jax.data.leakage import SIMILAR
 from cxai_jax.data.sites import plan_site_a, plan_site_b
 
 SHOWN = 20  # Lines of a list of files; summary.json has them all.
@@ -121,6 +122,12 @@ def describe(summary: dict) -> str:
     missing = [s for s in ("train", "test") if s not in counts]
     if missing:
         lines.append(f"warning: no images in {' and '.join(missing)}")
+    lines += [
+        f"similar: {found['similar'] / sum(counts[late].values()):.1%} of the {late} "
+        f"images correlate above {SIMILAR} with an image of {early}"
+        for pair, found in summary["leakage"]["pairs"].items()
+        for early, late in [pair.split("-")]
+    ]
     lines.append(f"leakage: {summary['leakage']['verdict']}")
     return "\n".join(lines)
 

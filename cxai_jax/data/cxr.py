@@ -18,6 +18,8 @@ CLASS_NAMES = ("other finding", "COVID-19")
 POSITIVE = 1
 COLUMNS = ("filename", "patientid", "finding", "lung_mask")
 DEFAULT_SPLIT = "seed0"
+# One picture under two names and two patient numbers.
+REPEATED = {"353889E0-A1E8-4F9E-A0B8-F24F36BCFBFB.jpg": "case_72_RX-TORACE1.jpg"}
 
 
 def load(data_config: ConfigDict) -> Dataset:
@@ -89,6 +91,8 @@ def _rows(source: Path) -> tuple[list[dict], list[tuple[str, str]]]:
         name = row["filename"]
         if "todo" in _findings(row):
             left_out.append((name, "its finding is 'todo': no diagnosis"))
+        elif name in REPEATED:
+            left_out.append((name, f"the same picture as {REPEATED[name]}"))
         elif name not in first:
             first[name] = row
         elif row["finding"] != first[name]["finding"]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 SIDE = 64  # Pixels, side of a thumbnail.
 THRESHOLD = 0.97  # Correlation above which two images count as near duplicates.
+SIMILAR = 0.9  # Reported as well: neighbouring slices of one patient reach it.
 CHUNK = 2048  # Thumbnails per side of one matrix product: 64 MB of float32.
 EXAMPLES = 5  # Pairs listed per finding.
 
@@ -38,8 +39,8 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 
 def near_pairs(
     first: np.ndarray, second: np.ndarray, threshold: float = THRESHOLD
-) -> np.ndarray:
-    """Pairs of thumbnails that correlate above the threshold.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of thumbnails that correlate above the threshold, and the best partner.
 
     Args:
       first: uint8 [N, 64, 64].
@@ -47,15 +48,18 @@ def near_pairs(
       threshold: of Pearson's r; a constant thumbnail correlates with nothing.
 
     Returns:
-      int [P, 2], index into `first` and into `second`.
+      int [P, 2], index into `first` and into `second`; and float32 [M], the highest
+      correlation of each of `second` with any of `first`.
     """
     found = [np.zeros((0, 2), int)]
+    best = np.full(len(second), -1, np.float32)
     for i in range(0, len(first), CHUNK):
         rows = _standardise(first[i : i + CHUNK])
         for j in range(0, len(second), CHUNK):
-            near = rows @ _standardise(second[j : j + CHUNK]).T > threshold
-            found.append(np.argwhere(near) + (i, j))
-    return np.concatenate(found)
+            r = rows @ _standardise(second[j : j + CHUNK]).T
+            found.append(np.argwhere(r > threshold) + (i, j))
+            best[j : j + CHUNK] = np.maximum(best[j : j + CHUNK], r.max(axis=0))
+    return np.concatenate(found), best
 
 
 def examine(
@@ -82,7 +86,8 @@ def examine(
       A dict that JSON can hold: `pairs["train-test"]` has for each of byte_duplicates,
       pixel_duplicates, near_duplicates the number of images of the later split with
       such a partner in the earlier one (a pixel duplicate is a near duplicate too),
-      shared_patients their number, and examples;
+      similar those with a correlation above 0.9, shared_patients their number,
+      near_duplicates_with_other_label counts pairs, and examples;
       conflicting_labels: groups of equal pixels with more than one label, over all
       splits; unknown_patients: images without a patient; verdict: one line.
     """
@@ -94,7 +99,7 @@ def examine(
     for early, late in combinations(present, 2):
         a, b = np.flatnonzero(split_of == early), np.flatnonzero(split_of == late)
         equal = _equal_pairs(pixels[a], pixels[b])
-        near = near_pairs(thumbnails[a], thumbnails[b])
+        near, best = near_pairs(thumbnails[a], thumbnails[b])
         near = np.unique(np.concatenate([equal, near]), axis=0)
         partners = {
             "byte_duplicates": _equal_pairs(files[a], files[b]),
@@ -103,6 +108,7 @@ def examine(
         }
         shared = sorted((set(patients[a]) & set(patients[b])) - {""})
         found = {key: len(np.unique(p[:, 1])) for key, p in partners.items()}
+        found["similar"] = int(np.sum(best > SIMILAR))
         found["shared_patients"] = len(shared)
         found["near_duplicates_with_other_label"] = int(
             np.sum(labels[a[near[:, 0]]] != labels[b[near[:, 1]]])

@@ -100,7 +100,7 @@ def plan_site_a(
     if split == "wang":
         listed = _wang(split_files, source, dict(zip(names, labels, strict=True)))
         chosen = np.array([listed.get(name, "") for name in names])
-        left_out = [(n, "in no split file") for n in np.array(names)[chosen == ""]]
+        left_out = [(n, "in no split file") for n in names if n not in listed]
     elif split == "random":
         chosen = splits.random_stratified(labels)
     else:
@@ -230,13 +230,13 @@ def _wang(split_files: Sequence, source, labels: dict[str, int]) -> dict[str, st
             )
         for line in store.read_list(listing):
             # The path may hold spaces: "12 new_data/Covid (3).jpg COVID-19".
-            _, *path, label = line.split()
-            if label not in WANG_LABELS or not path:
+            words = line.split()
+            if len(words) < 3 or words[-1] not in WANG_LABELS:
                 raise ValueError(
                     f"{listing}: the line {line!r} is not `id path label` with a label "
                     f"among {', '.join(WANG_LABELS)}"
                 )
-            file = Path(" ".join(path)).name
+            label, file = words[-1], Path(" ".join(words[1:-1])).name
             name = by_file.get(file, file)
             _assign(chosen, name, part[0], listing, labels)
             if labels[name] != WANG_LABELS[label]:

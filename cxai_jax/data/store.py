@@ -177,7 +177,10 @@ def read_table(file: str | Path, key: str, value: str) -> dict[str, str]:
       FileNotFoundError: if there is no such file.
       ValueError: if a column is missing or a key occurs twice.
     """
-    rows = list(csv.DictReader(read_list(file)))
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+        rows = list(csv.DictReader(stream))
     for column in (key, value):
         if not rows or column not in rows[0]:
             raise ValueError(

@@ -37,11 +37,35 @@ def open_gray(path: str | Path) -> np.ndarray:
 
 def decode_gray(data: bytes, name: str) -> np.ndarray:
     """`open_gray` for the bytes of a file; `name` is used in error messages."""
+    frames = decode_frames(data, name)
+    if len(frames) > 1:
+        raise ValueError(
+            f"{name}: it holds {len(frames)} frames; save one file per slice"
+        )
+    return to_gray(frames[0])
+
+
+def decode_frames(
+    data: bytes, name: str, window: tuple[float, float] | None = None
+) -> list[np.ndarray]:
+    """The frames of a file as gray uint8 [H, W] or, if it has colour, RGB [H, W, 3].
+
+    Only a DICOM file may hold more than one; see `open_gray`.
+
+    Args:
+      data: the file's bytes.
+      name: used in error messages.
+      window: centre and width, in the units of the modality LUT (Hounsfield for CT),
+        instead of the DICOM file's own.
+
+    Raises:
+      ValueError: if the data are empty, truncated or no image.
+    """
     if not data:
         raise ValueError(f"{name}: the file is empty (0 bytes); restore or remove it")
     try:
         is_dicom = data[128:132] == b"DICM"
-        gray = _decode_dicom(data) if is_dicom else _decode_pillow(data)
+        return _decode_dicom(data, window) if is_dicom else [_decode_pillow(data)]
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{name}: DICOM needs {error.name}; install the extra: "
@@ -55,7 +79,11 @@ def decode_gray(data: bytes, name: str) -> np.ndarray:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name}: cannot be read as an image ({reason})") from None
-    return gray[..., None]
+
+
+def to_gray(frame: np.ndarray) -> np.ndarray:
+    """Luma (ITU-R 601) of uint8 [H, W, 3], or [H, W] as it is: uint8 [H, W, 1]."""
+    return np.asarray(Image.fromarray(frame).convert("L"))[..., None]
 
 
 def short_side(image: np.ndarray, size: int) -> np.ndarray:
@@ -123,9 +151,7 @@ def _decode_pillow(data: bytes) -> np.ndarray:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image)
-    if image.mode not in ("1", "L"):
-        image = image.convert("RGB")
-    return np.asarray(image.convert("L"))
+    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
@@ -141,20 +167,23 @@ def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.round(255 * np.clip(np.nan_to_num(scaled), 0, 1)).astype(np.uint8)
 
 
-def _decode_dicom(data: bytes) -> np.ndarray:
+def _decode_dicom(data: bytes, window: tuple[float, float] | None) -> list[np.ndarray]:
     import pydicom  # The optional extra `dicom`.
-    from pydicom.pixels import apply_modality_lut, pixel_array
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
     header = pydicom.dcmread(io.BytesIO(data))
-    if int(header.get("NumberOfFrames") or 1) > 1:
-        frames = int(header.NumberOfFrames)
-        raise ValueError(f"it holds {frames} frames; save one file per slice")
-    pixels = pixel_array(header)
-    if pixels.ndim == 3:
-        colour = Image.fromarray((pixels >> max(0, header.BitsStored - 8)).astype("u1"))
-        return np.asarray(colour.convert("L"))
-    values = np.asarray(apply_modality_lut(pixels, header), np.float64)
-    if header.get("WindowCenter") is not None and header.get("WindowWidth") is not None:
+    pixels, bits = pixel_array(header), int(header.BitsStored)
+    if header.PhotometricInterpretation == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, header)
+        bits = 8 * pixels.itemsize
+    several = int(header.get("NumberOfFrames") or 1) > 1
+    frames = list(pixels) if several else [pixels]
+    if frames[0].ndim == 3:
+        return [(frame >> max(0, bits - 8)).astype(np.uint8) for frame in frames]
+    values = [np.asarray(apply_modality_lut(f, header), np.float64) for f in frames]
+    if window:
+        centre, width = window
+    elif header.get("WindowCenter") is not None and header.get("WindowWidth"):
         centre, width = (
             float(np.ravel(header[key].value)[0])
             for key in ("WindowCenter", "WindowWidth")
@@ -162,6 +191,8 @@ def _decode_dicom(data: bytes) -> np.ndarray:
     elif header.get("Modality") == "CT":
         centre, width = LUNG_WINDOW
     else:
-        centre, width = (values.min() + values.max()) / 2, np.ptp(values)
-    gray = _stretch(values, centre - width / 2, centre + width / 2)
-    return 255 - gray if header.PhotometricInterpretation == "MONOCHROME1" else gray
+        low, high = min(v.min() for v in values), max(v.max() for v in values)
+        centre, width = (low + high) / 2, high - low
+    grays = [_stretch(v, centre - width / 2, centre + width / 2) for v in values]
+    inverted = header.PhotometricInterpretation == "MONOCHROME1"
+    return [255 - gray for gray in grays] if inverted else grays

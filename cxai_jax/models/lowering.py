@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from cxai_jax.types import Array
@@ -113,7 +114,7 @@ def max_pool(x: Array, *, lowering: Lowering = "auto") -> Array:
     """
     if is_tuned("max_pool", lowering):
         return _max_pool(_Window(3, 2, ((1, 1), (1, 1)), x.shape[1:3]), x)
-    low = jnp.array(-jnp.inf, x.dtype)
+    low = np.array(-np.inf, x.dtype)  # Known while tracing, or no gradient is found.
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
     return lax.reduce_window(x, low, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
 
@@ -240,6 +241,7 @@ def _shifts(window: _Window, x: Array, fill: float = 0.0) -> Callable:
     batch, _, _, channels = x.shape
     value = jnp.array(fill, x.dtype)
     padded = lax.pad(x, value, [(0, 0, 0), *[(*p, 0) for p in window.pads], (0, 0, 0)])
+    padded = _once(padded)
     step = window.stride
     rows, cols = ((n - 1) * step + 1 for n in window.out)
 
@@ -265,7 +267,7 @@ def _scatter(
     """
     step, halo = window.stride, window.k
     padding = [(0, 0), (halo, halo), (halo, halo), (0, 0)]
-    padded = [jnp.pad(a, padding) for a in arrays]
+    padded = [_once(jnp.pad(a, padding)) for a in arrays]
     rows, cols = (-(-n // step) for n in window.size)
     (top, _), (left, _) = window.pads
 
@@ -289,6 +291,11 @@ def _scatter(
     return whole[:, : window.size[0], : window.size[1]]
 
 
+def _once(x: Array) -> Array:
+    """Keeps XLA from computing `x` anew for every slice or consumer of it."""
+    return lax.optimization_barrier(x)
+
+
 # --- depthwise convolution: y, dx and dw are the three faces of one trilinear form ----
 
 
@@ -296,7 +303,7 @@ def _scatter(
 def _depthwise(window: _Window, x: Array, w: Array) -> Array:
     at, wide = _shifts(window, x), _wide(x)
     y = sum(at(u, v).astype(wide) * w[u, v].astype(wide) for u, v in window.taps)
-    return y.astype(x.dtype)
+    return _once(y.astype(x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -306,13 +313,13 @@ def _depthwise_dx(window: _Window, dy: Array, w: Array) -> Array:
     def term(u: int, v: int, dy: Array) -> Array:
         return dy.astype(wide) * w[u, v].astype(wide)
 
-    return _scatter(window, (dy,), term).astype(dy.dtype)
+    return _once(_scatter(window, (dy,), term).astype(dy.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _depthwise_dw(window: _Window, x: Array, dy: Array) -> Array:
     at, wide = _shifts(window, x), _wide(x)
-    dy = dy.astype(wide)
+    dy = _once(dy.astype(wide))
     sums = _sums(*(at(u, v).astype(wide) * dy for u, v in window.taps), tuned=True)
     return jnp.stack(sums).reshape(window.k, window.k, -1).astype(x.dtype)
 

@@ -47,7 +47,7 @@ class BatchNorm(nn.Module):
         self.var = self.variable("batch_stats", "var", jnp.ones, shape)
 
     def folded(self) -> tuple[Array, Array]:
-        """Slope and shift [C] of the running statistics: `norm(x) = slope x + shift`."""
+        """Slope and shift [C] of the eval form, `norm(x) = slope x + shift`."""
         slope = self.scale * lax.rsqrt(self.var.value + self.eps)
         return slope, self.bias - self.mean.value * slope
 

@@ -1,0 +1,54 @@
+"""Chest X-rays, COVID-19 against other findings, with saliency alignment.
+
+python tools/prepare_data.py --dataset=cxr --source=DIR --data_dir=data
+python -m cxai_jax.main --config=configs/cxr.py:cheap,lite0
+
+Rows: baseline (cross-entropy alone), cheap (CAM and Grad-CAM agree), full (and the
+input gradient), mask (cheap, and their energy in the lungs). The alignment loss is a
+reconstruction of Purwita & Qomariyah (2021), whose network and data are not public.
+"""
+
+from configs import common
+
+
+def get_config(rows: str = "cheap,lite0"):
+    config = common.get_config()
+    config.data.name = "cxr"
+    config.data.split = "seed0"  # Patient-disjoint; seed1, seed2, ... are others.
+    config.data.fit = "train+val"
+    config.augment.vflip = False  # A chest has its diaphragm below.
+    config.mix.name = "none"
+    config.cpe.weight = 0.0
+    config.optim.lr_trunk = 0.005
+    config.optim.lr_fresh = 0.05
+    config.optim.schedule = "cosine"
+    config.optim.warmup = 0.1
+    config.optim.clip_norm = 1.0  # The loss is steep where a map is nearly flat.
+    config.train.batch_size = 16
+    config.train.epochs = 30.0
+    return common.apply_rows(config, rows, ROWS)
+
+
+def cheap(config):
+    config.align.weight = 1.0
+    config.align.maps = ("cam", "gradcam_lower")
+
+
+def full(config):
+    config.align.weight = 1.0
+    config.align.maps = ("cam", "gradcam_lower", "input_gradient")
+
+
+def mask(config):
+    """Beyond the paper: needs lung masks, which part of the images have."""
+    cheap(config)
+    config.align.mask_weight = 0.3
+
+
+ROWS = {
+    "baseline": common.baseline,
+    "cheap": cheap,
+    "full": full,
+    "mask": mask,
+    "lite0": common.lite0,
+}

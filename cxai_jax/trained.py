@@ -1,0 +1,136 @@
+"""A finished run, loaded from its workdir without its data, and put to use."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cxai_jax import mesh as meshes
+from cxai_jax import steps, train, tta
+from cxai_jax.checkpoint import Checkpoints
+from cxai_jax.config import read_config
+from cxai_jax.optimizer import make_optimizer
+from cxai_jax.types import PyTree
+
+
+class Trained(NamedTuple):
+    """What is needed to use a trained model."""
+
+    config: ConfigDict
+    class_names: list[str]
+    positive: int
+    model: nn.Module
+    scale: steps.Scale
+    variables: PyTree  # NumPy arrays: params and batch_stats.
+    step: int  # Of the checkpoint that the run's selection rule chose.
+
+
+def load(workdir: Path) -> Trained:
+    """Loads the model that a run selected.
+
+    Raises:
+      FileNotFoundError: if the workdir holds no run, no results or no checkpoint.
+      ValueError: if no checkpoint can be restored.
+    """
+    config = read_config(workdir)
+    results = workdir / "results.json"
+    if not results.exists():
+        raise FileNotFoundError(
+            f"{results} does not exist: the run is not finished; continue it, or score "
+            "its last checkpoint with --mode=eval"
+        )
+    data = json.loads(results.read_text())["data"]
+    # The checkpoint replaces pretrained weights, so they need not be found again.
+    fresh = config.copy_and_resolve_references()
+    fresh.model.pretrained = ""
+    network = train.build_network(fresh, len(data["class_names"]))
+    optimizer = make_optimizer(config.optim, 1, train.learning_rate_groups(config))
+    template = steps.create_state(network.variables, optimizer)
+    kind = "best" if config.train.selection == "best_val" else "latest"
+    checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
+    restored = checkpoints.restore(kind, template)
+    checkpoints.close()
+    if restored is None:
+        raise FileNotFoundError(
+            f"{checkpoints.folder / kind} holds no checkpoint; train first"
+        )
+    state, step, _ = restored
+    return Trained(
+        config=config,
+        class_names=data["class_names"],
+        positive=data["class_names"].index(data["positive"]),
+        model=network.model,
+        scale=network.scale,
+        variables={"params": state.params, "batch_stats": state.batch_stats},
+        step=step,
+    )
+
+
+class Predicted(NamedTuple):
+    """The outcome of one batch; NumPy arrays."""
+
+    probs: np.ndarray  # float32 [B, K], of the unmasked images
+    class_maps: np.ndarray  # float32 [B, h, w], of the label before voting
+    before: np.ndarray  # int [B], label before voting
+    after: np.ndarray  # int [B], label after voting
+    opposing: np.ndarray | None  # int [B], among the votes cast; None without voting
+    cast: np.ndarray | None  # int [B]
+    saved: int  # Masked images that the early exit did not have to run.
+
+
+class Predictor:
+    """A trained model with test-time voting as its config's `tta` says.
+
+    With `tta.early_exit` an image leaves the voting once its label cannot change.
+    """
+
+    def __init__(self, trained: Trained, mesh: Mesh):
+        config = trained.config
+        self.batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+        self._tta, self._mesh = config.tta, mesh
+        self._grid = config.data.image_size // config.tta.patch
+        self._variables = meshes.put_replicated(trained.variables, mesh)
+        self._early = bool(config.tta.k) and config.tta.early_exit
+        make = steps.make_first_look if self._early else steps.make_predict_step
+        self._look = jax.jit(make(trained.model, trained.scale, config.tta))
+        self._forward = jax.jit(steps.make_vote_forward(trained.model))
+
+    def __call__(self, images: np.ndarray) -> Predicted:
+        """Predicts uint8 [B, S, S, 1] of at most `batch_size` images."""
+        number, tta_config = len(images), self._tta
+        filler = [(0, self.batch_size - number)] + [(0, 0)] * 3
+        padded = meshes.put_rows(np.pad(images, filler, mode="edge"), self._mesh)
+        seen = self._look(self._variables, padded)
+        probs = np.asarray(seen["probs"][:number])
+        first = probs if self._early else probs[:, 0]
+        before = first.argmax(1)
+        after, opposing, cast, saved = before, None, None, 0
+        if self._early:
+            votes = tta.vote_early(
+                lambda masked: self._forward(self._variables, masked),
+                seen["images"][:number],
+                seen["cells"][:number],
+                first,
+                theta=tta_config.theta,
+                grid=self._grid,
+                fill=tta_config.fill,
+                chunk=tta_config.chunk,
+            )
+            after, opposing, cast, saved = (
+                votes.labels,
+                votes.opposing,
+                votes.cast,
+                votes.saved,
+            )
+        elif tta_config.k:
+            votes = tta.votes_for(probs, theta=tta_config.theta, k=tta_config.k)
+            after, opposing = np.asarray(votes.labels), np.asarray(votes.opposing)
+            cast = np.full(number, tta_config.k)
+        maps = np.asarray(seen["class_maps"][:number])
+        maps = np.take_along_axis(maps, before[:, None, None, None], axis=3)[..., 0]
+        return Predicted(first, maps, before, after, opposing, cast, saved)

@@ -1,0 +1,176 @@
+"""Chest X-rays: what becomes of the table, the masks, and a folder of three classes."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from cxai_jax import data, evaluate
+from cxai_jax.data import cxr, pipeline, store
+from tools import prepare_data
+
+HEADER = "filename,patientid,finding,view,lung_mask,license\n"
+
+
+def make_source(root, patients=12):
+    """Two images per patient; every patient's first image has a lung mask."""
+    rng = np.random.default_rng(0)
+    for folder in ("images", "lung_masks"):
+        (root / folder).mkdir(parents=True)
+    rows = []
+    for p in range(patients):
+        finding = ("COVID-19", "COVID-19, ARDS", "SARS", "No Finding")[p % 4]
+        for i in range(2):
+            pixels = rng.integers(0, 256, (40, 50), np.uint8)
+            Image.fromarray(pixels).save(root / "images" / f"{p}-{i}.jpg")
+            rows.append([f"{p}-{i}.jpg", f"{p}", finding, "PA", "", ""])
+        mask = np.zeros((40, 50), np.uint8)
+        mask[10:30, 5:20] = 255
+        Image.fromarray(mask).save(root / "lung_masks" / f"{p}-0.png")
+        rows[-2][4] = f"{p}-0.png"
+    write_table(root, rows)
+    return rows
+
+
+def write_table(root, rows):
+    lines = [",".join(f'"{cell}"' for cell in row) + "\n" for row in rows]
+    (root / "metadata.csv").write_text(HEADER + "".join(lines))
+
+
+def settings(data_dir, split="", name="cxr"):
+    return ConfigDict({"name": name, "split": split, "data_dir": str(data_dir)})
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    root, data_dir = (tmp_path_factory.mktemp(name) for name in ("cxr", "data"))
+    make_source(root / "source")
+    for split in ("seed0", "seed1"):
+        store.build(cxr.plan_cxr(root / "source", split), data_dir)
+    return data_dir
+
+
+def test_labels_patients_and_splits(prepared):
+    dataset = data.load(settings(prepared))
+    assert dataset.class_names == ("other finding", "COVID-19")
+    assert dataset.positive == 1
+    assert sum(map(len, dataset.splits.values())) == 24
+    seen = set()
+    for records in dataset.splits.values():
+        expected = [int(p) % 4 < 2 for p in records.patients]
+        np.testing.assert_array_equal(records.labels, expected)
+        assert seen.isdisjoint(records.patients)
+        seen |= set(records.patients)
+
+
+def test_the_seed_changes_the_split(prepared):
+    splits = [data.load(settings(prepared, s)).splits for s in ("seed0", "seed1")]
+    first, second = ([set(s[k].patients) for k in s] for s in splits)
+    assert first != second
+
+
+def test_masks_come_back_where_they_exist(prepared):
+    train = data.load(settings(prepared)).splits["train"]
+    for i, name in enumerate(train.names):
+        mask = train.lung_masks[i]
+        if str(name).endswith("-1.jpg"):
+            assert mask is None
+            continue
+        assert mask.dtype == np.uint8 and mask.shape == train.images[i].shape[:2]
+        # 40 x 50 pixels were enlarged to 256 x 320.
+        expected = np.zeros((256, 320), bool)
+        expected[64:192, 32:128] = True
+        assert (mask.astype(bool) != expected).mean() < 0.01
+
+
+def test_masks_reach_the_batch(prepared):
+    train = data.load(settings(prepared)).splits["train"]
+
+    def fit(image):
+        return pipeline.transforms.squash(image, 32)
+
+    batch = pipeline.decode(train, np.arange(2), fit, (32, 32, 1), True)
+    with_mask = [str(n).endswith("-0.jpg") for n in train.names[:2]]
+    share = (batch.masks > 127).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(share, np.where(with_mask, 0.15, 1.0), atol=0.02)
+
+
+def test_rows_without_diagnosis_and_repeated_rows_are_listed(tmp_path):
+    rows = make_source(tmp_path)
+    rows[3][2] = "todo"
+    rows.append([*rows[0][:1], "99", *rows[0][2:]])
+    write_table(tmp_path, rows)
+    plan = cxr.plan_cxr(tmp_path)
+    left_out = dict(plan.left_out)
+    assert "todo" in left_out["1-1.jpg"]
+    assert "second row" in left_out["0-0.jpg"]
+    assert [s.name for s in plan.sources].count("0-0.jpg") == 1
+    assert len(plan.sources) == 23
+
+
+def test_bad_tables_are_named(tmp_path):
+    rows = make_source(tmp_path)
+    with pytest.raises(ValueError, match="unknown split 'official' of cxr"):
+        cxr.plan_cxr(tmp_path, "official")
+    write_table(tmp_path, [*rows, [rows[0][0], "99", "SARS", "PA", "", ""]])
+    with pytest.raises(ValueError, match="gives '0-0.jpg' two findings"):
+        cxr.plan_cxr(tmp_path)
+    write_table(tmp_path, [*rows, ["absent.jpg", "99", "SARS", "PA", "", ""]])
+    with pytest.raises(FileNotFoundError, match="absent.jpg, but there is no such"):
+        cxr.plan_cxr(tmp_path)
+    (tmp_path / "metadata.csv").write_text("filename,finding\na.jpg,SARS\n")
+    with pytest.raises(ValueError, match="without 'patientid'"):
+        cxr.plan_cxr(tmp_path)
+    with pytest.raises(FileNotFoundError, match="metadata.csv: no such file"):
+        cxr.plan_cxr(tmp_path / "elsewhere")
+
+
+def test_a_mask_of_another_size_is_named(tmp_path):
+    make_source(tmp_path / "source")
+    wrong = tmp_path / "source" / "lung_masks" / "0-0.png"
+    Image.fromarray(np.zeros((40, 49), np.uint8)).save(wrong)
+    with pytest.raises(ValueError, match="0-0.png has 40 x 49 pixels but its image"):
+        store.build(cxr.plan_cxr(tmp_path / "source"), tmp_path / "data")
+
+
+def test_the_shared_collection(shared):
+    plan = cxr.plan_cxr(shared / "data" / "cxr")
+    labels = np.array([source.label for source in plan.sources])
+    assert labels.sum() == 426 and len(labels) == 526
+    assert sum(source.lung_mask is not None for source in plan.sources) == 192
+    patients = {}
+    for source in plan.sources:
+        assert patients.setdefault(source.patient, source.split) == source.split
+    test = np.array([source.split == "test" for source in plan.sources])
+    assert abs(labels[test].mean() - labels.mean()) < 0.02
+
+
+def test_a_folder_of_three_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("Normal", "Pneumonia", "COVID"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 256, (30, 30), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "tree" / name / f"{i}.png")
+    command = ["--dataset=folder", "--name=cxr3", f"--data_dir={tmp_path / 'data'}"]
+    assert prepare_data.main([*command, f"--source={tmp_path / 'tree'}"]) == 0
+    dataset = data.load(settings(tmp_path / "data", name="folder:cxr3"))
+    assert dataset.class_names == ("COVID", "Normal", "Pneumonia")
+    assert dataset.class_names[dataset.positive] == "COVID"
+    test = dataset.splits["test"]
+    logits = np.eye(3)[(test.labels + np.arange(len(test)) % 2) % 3] * 4
+    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    predictions = {
+        "names": test.names,
+        "patients": test.patients,
+        "labels": test.labels,
+        "sites": test.sites,
+        "probs": probs[:, None],
+    }
+    config = ConfigDict({"eval": {"bootstrap": 20}})
+    scores = evaluate.score(predictions, dataset, config)["all"]
+    chosen = probs.argmax(axis=1)
+    assert scores["accuracy"] == pytest.approx((chosen == test.labels).mean())
+    hits = ((chosen == 0) & (test.labels == 0)).sum()
+    f1 = 2 * hits / ((chosen == 0).sum() + (test.labels == 0).sum())
+    assert scores["f1"] == pytest.approx(f1)

@@ -1,0 +1,72 @@
+"""Records: lazy decoding, subsets, joining."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from cxai_jax.data.records import Mapped, Records, concatenate, fingerprint
+
+
+class Counted(list):
+    """A list that counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, i):
+        Counted.reads += 1
+        return super().__getitem__(i)
+
+
+def records(n, site=0, masks=False):
+    images = [np.full((4, 5, 1), 10 * site + i, np.uint8) for i in range(n)]
+    return Records(
+        images=images,
+        labels=np.arange(n, dtype=np.int32) % 2,
+        sites=np.full(n, site, np.int32),
+        patients=np.array([f"p{i}" for i in range(n)]),
+        names=np.array([f"{site}/{i}.png" for i in range(n)]),
+        lung_masks=[np.full((4, 5), i, np.uint8) for i in range(n)] if masks else None,
+    )
+
+
+def test_mapped_reads_on_access_only():
+    source = Counted([1, 2, 3])
+    doubled = Mapped(float, source)
+    assert Counted.reads == 0 and len(doubled) == 3
+    assert doubled[-1] == 3.0 and Counted.reads == 1
+    assert list(doubled) == [1.0, 2.0, 3.0]
+    with pytest.raises(IndexError, match="item 3 of 3"):
+        doubled[3]
+    assert pickle.loads(pickle.dumps(doubled))[0] == 1.0
+
+
+@pytest.mark.parametrize("rows", [[4, 1], np.array([4, 1]), np.arange(5) % 3 == 1])
+def test_subset_keeps_the_columns_together(rows):
+    part = records(5, masks=True).subset(rows)
+    for i, name in enumerate(part.names):
+        row = int(name[2:-4])
+        assert part.images[i][0, 0, 0] == part.lung_masks[i][0, 0] == row
+        assert part.patients[i] == f"p{row}" and part.labels[i] == row % 2
+    assert sorted(part.names) == ["0/1.png", "0/4.png"] and part.lesion_masks is None
+
+
+def test_concatenate_joins_rows_and_fills_missing_masks():
+    joined = concatenate([records(2, masks=True), records(3, site=1)])
+    assert joined.sites.tolist() == [0, 0, 1, 1, 1]
+    assert [int(image[0, 0, 0]) for image in joined.images] == [0, 1, 10, 11, 12]
+    assert [mask is None for mask in joined.lung_masks] == [False] * 2 + [True] * 3
+    assert joined.lesion_masks is None
+
+
+def test_unequal_columns_are_refused():
+    with pytest.raises(ValueError, match="equally long: .*'labels': 2"):
+        Records([], np.zeros(2), np.zeros(2), np.zeros(2), np.zeros(2))
+
+
+def test_fingerprint_depends_on_every_part():
+    base = (["train"], ["a.png"], [0], ["f00d"])
+    changed = [(["test"], *base[1:]), (base[0], ["b.png"], *base[2:])]
+    changed += [(*base[:2], [1], base[3]), (*base[:3], ["beef"])]
+    assert len({fingerprint(*c) for c in [base, *changed]}) == 5
+    assert fingerprint(*base) == fingerprint(*base)

@@ -1,0 +1,294 @@
+"""The laws of every backbone in MODELS; the large ones by shape, and run as `slow`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from configs.common import get_config
+from cxai_jax import models
+from cxai_jax.models.lowering import conv
+from cxai_jax.models.norm import BatchNorm, ConvNorm
+
+# Parameters with 1000 classes (as torchvision and TensorFlow count them), grid, D, D3.
+GOLDEN = {
+    "tiny": (111_832, 8, 64, 48),
+    "resnet18": (11_689_512, 2, 512, 256),
+    "resnet34": (21_797_672, 2, 512, 256),
+    "resnet50": (25_557_032, 2, 2048, 1024),
+    "resnet101": (44_549_160, 2, 2048, 1024),
+    "efficientnet_lite0": (4_652_008, 2, 1280, 112),
+}
+EVERY = pytest.mark.parametrize("name", models.MODELS)
+RUN = pytest.mark.parametrize(
+    "name",
+    [n if n == "tiny" else pytest.param(n, marks=pytest.mark.slow) for n in GOLDEN],
+)
+
+
+def build(name, num_classes=3, **fields):
+    config = get_config().model
+    config.update({"name": name, **fields})
+    return models.build(config, num_classes)
+
+
+def images(count=3, size=64):
+    return jnp.asarray(
+        np.random.default_rng(0).normal(size=(count, size, size, 3)), jnp.float32
+    )
+
+
+def initialise(model, x):
+    """Variables with statistics and scales away from 0 and 1."""
+    variables = jax.jit(lambda key: model.init(key, x, "eval"))(jax.random.key(0))
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda v: (
+            v * jnp.asarray(rng.uniform(0.8, 1.2, v.shape), v.dtype)
+            + (
+                0.1 * jnp.asarray(rng.uniform(size=v.shape), v.dtype)
+                if v.ndim < 2
+                else 0
+            )
+        ),
+        variables,
+    )
+
+
+def shapes(name, num_classes=1000, size=64, **fields):
+    model = build(name, num_classes, **fields)
+    x = jnp.zeros((2, size, size, 3))
+    variables = jax.eval_shape(
+        lambda key: model.init(key, x, "eval"), jax.random.key(0)
+    )
+    return variables, jax.eval_shape(lambda v: model.apply(v, x, "eval"), variables)
+
+
+@EVERY
+def test_shapes_and_parameter_count(name):
+    variables, (logits, out) = shapes(name)
+    count, grid, features, lower = GOLDEN[name]
+    assert sum(p.size for p in jax.tree.leaves(variables["params"])) == count
+    assert logits.shape == (2, 1000)
+    assert out.features.shape == (2, grid, grid, features)
+    assert out.lower.shape == (2, 2 * grid, 2 * grid, lower)
+    assert out.class_maps.shape == (2, grid, grid, 1000)
+    assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+@EVERY
+def test_only_the_head_and_extra_norms_are_fresh(name):
+    fields = {"extra_bn": True} if name.startswith("resnet") else {}
+    variables, _ = shapes(name, **fields)
+    fresh = {p for p in flatten_dict(variables["params"]) if not models.is_trunk(p)}
+    expected = {("head", "kernel"), ("head", "bias")}
+    if fields:
+        expected |= {(f"extra_bn{i}", n) for i in (2, 4) for n in ("scale", "bias")}
+    assert fresh == expected
+    assert models.is_trunk((jax.tree_util.DictKey("stem"),))
+    assert not models.is_trunk((jax.tree_util.DictKey("head"),))
+
+
+def test_names_follow_torchvision():
+    names = set(flatten_dict(shapes("resnet50")[0], sep="/"))
+    assert {
+        "params/conv1/kernel",
+        "params/layer1_0/conv3/norm/scale",
+        "params/layer1_0/downsample/kernel",
+        "params/layer4_2/conv2/kernel",
+        "batch_stats/layer3_5/conv1/norm/var",
+    } <= names
+    assert not any(name.startswith("params/layer1_1/downsample") for name in names)
+
+
+@EVERY
+def test_bfloat16_keeps_float32_logits_maps_and_statistics(name):
+    variables, (logits, out) = shapes(name, dtype="bfloat16")
+    assert out.features.dtype == out.lower.dtype == jnp.bfloat16
+    assert logits.dtype == out.class_maps.dtype == jnp.float32
+    assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+@RUN
+def test_laws(name):
+    model, x = build(name), images()
+    variables = initialise(model, x)
+
+    @jax.jit
+    def run(variables, x):
+        apply = functools.partial(model.apply, variables)
+        logits, out = apply(x, "explain")
+        lower = apply(x, "explain", method="lower")
+        staged = apply(apply(lower, "explain", method="upper"), method="head")
+        first = jax.grad(lambda x, mode: apply(x, mode)[0][0].sum())
+        (trained, _), updated = apply(x, "train", mutable=["batch_stats"])
+        stats = {
+            mode: apply(x, mode, mutable=["batch_stats"])[1]["batch_stats"]
+            for mode in ("explain", "eval")
+        }
+        return logits, out, staged, first(x, "explain"), trained, updated, stats
+
+    logits, out, staged, gradient, trained, updated, stats = run(variables, x)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4)
+    close(staged, logits)
+    close(out.class_maps.mean((1, 2)) + variables["params"]["head"]["bias"], logits)
+    # Explaining is the training forward pass, but image 0 hears of image 0 alone.
+    close(trained, logits)
+    assert np.abs(gradient[0]).max() > 0
+    np.testing.assert_array_equal(gradient[1:], 0)
+    for before, after in zip(
+        jax.tree.leaves(variables["batch_stats"]),
+        jax.tree.leaves(updated["batch_stats"]),
+        strict=True,
+    ):
+        assert np.abs(after - before).max() > 0
+    for kept in stats.values():
+        jax.tree.map(np.testing.assert_array_equal, kept, variables["batch_stats"])
+
+
+def test_training_mode_does_leak_across_the_batch():
+    """What explain mode is for: without it the law above would not hold."""
+    model, x = build("tiny"), images(size=32)
+    variables = initialise(model, x)
+
+    def first_logits(x):
+        return model.apply(variables, x, "train", mutable=["batch_stats"])[0][0][
+            0
+        ].sum()
+
+    assert np.abs(jax.jit(jax.grad(first_logits))(x)[1:]).max() > 1e-6
+
+
+def test_norm_statistics_and_values_against_numpy():
+    """One ConvNorm in its three modes; the running variance is the unbiased one."""
+    module, rng = ConvNorm(4, 1, eps=1e-3), np.random.default_rng(0)
+    x = rng.normal(2, 3, (2, 3, 5, 3)).astype(np.float32)
+    kernel = rng.normal(size=(1, 1, 3, 4)).astype(np.float32)
+    scale, bias, mean, var = rng.uniform(0.5, 2, (4, 4)).astype(np.float32)
+    variables = {
+        "params": {"kernel": kernel, "norm": {"scale": scale, "bias": bias}},
+        "batch_stats": {"norm": {"mean": mean, "var": var}},
+    }
+    y = np.einsum("bhwc,cd->bhwd", x.astype(np.float64), kernel[0, 0])
+    batch_mean, batch_var = y.mean((0, 1, 2)), y.var((0, 1, 2))
+
+    def normalised(mean, var):
+        return (y - mean) / np.sqrt(var + 1e-3) * scale + bias
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(module.apply(variables, x, "eval"), normalised(mean, var))
+    close(module.apply(variables, x, "explain"), normalised(batch_mean, batch_var))
+    trained, state = module.apply(variables, x, "train", mutable=["batch_stats"])
+    close(trained, normalised(batch_mean, batch_var))
+    running = state["batch_stats"]["norm"]
+    close(running["mean"], 0.9 * mean + 0.1 * batch_mean)
+    close(running["var"], 0.9 * var + 0.1 * batch_var * 30 / 29)
+    with pytest.raises(ValueError, match="'test'; use train, explain or eval"):
+        module.apply(variables, x, "test")
+
+
+def test_folded_norm_equals_the_unfolded_one():
+    """Eval folds the norm into the kernel; the module BatchNorm alone does not."""
+    x = images(2, 9)
+    for depthwise, features in ((False, 5), (True, 3)):
+        module = ConvNorm(features, 3, 2, padding=1, depthwise=depthwise)
+        variables = initialise(module, x)
+        norm = {k: v["norm"] for k, v in variables.items()}
+        plain = conv(x, variables["params"]["kernel"], stride=2, padding=1)
+        np.testing.assert_allclose(
+            module.apply(variables, x, "eval"),
+            BatchNorm(features).apply(norm, plain, "eval"),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_explaining_costs_no_second_forward_pass():
+    """XLA merges the explain pass with the training pass (alignment.md 3.3)."""
+    model, x = build("tiny"), images(2, 32)
+    variables = initialise(model, x)
+
+    def flops(*modes):
+        def run(variables, x):
+            return [
+                model.apply(variables, x, mode, mutable=["batch_stats"])[0][0]
+                for mode in modes
+            ]
+
+        return jax.jit(run).lower(variables, x).compile().cost_analysis()["flops"]
+
+    assert flops("train", "explain") < 1.05 * flops("train")
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny", pytest.param("resnet18", marks=pytest.mark.slow)]
+)
+def test_remat_and_lowering_change_nothing_but_the_program(name):
+    x = images(2, 32)
+    variables = initialise(build(name), x)
+
+    def loss_and_gradient(model):
+        def loss(params):
+            (logits, _), state = model.apply(
+                variables | {"params": params}, x, "train", mutable=["batch_stats"]
+            )
+            return jax.nn.logsumexp(logits, axis=-1).mean(), state
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+    expected = loss_and_gradient(build(name).clone(lowering="xla"))
+    for model in (build(name, remat=True), build(name).clone(lowering="tuned")):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4),
+            loss_and_gradient(model),
+            expected,
+        )
+
+
+def test_mlp_class_maps_are_grad_cam_through_the_head():
+    model, x = build("tiny", head="mlp"), images(2, 32)
+    variables = initialise(model, x)
+    logits, out = model.apply(variables, x, "eval")
+
+    def head(pooled):
+        return model.apply(variables, pooled[:, None, None], method="head")
+
+    pooled = out.features.mean((1, 2))
+    np.testing.assert_allclose(head(pooled), logits, rtol=1e-5, atol=1e-5)
+    for k in range(3):
+        gradient = jax.grad(lambda pooled, k=k: head(pooled)[:, k].sum())(pooled)
+        expected = jnp.einsum("bhwd,bd->bhw", out.features, gradient)
+        np.testing.assert_allclose(
+            out.class_maps[..., k], expected, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_head_kernel_and_input_normalisation():
+    variables, _ = shapes("resnet18", 5)
+    assert models.head_kernel(variables["params"]).shape == (512, 5)
+    with pytest.raises(ValueError, match="Outputs.class_maps"):
+        models.head_kernel(shapes("tiny", 5, head="mlp")[0]["params"])
+    assert models.normalisation("efficientnet_lite0") == ((127.0,) * 3, (128.0,) * 3)
+    mean, std = models.normalisation("resnet50")
+    np.testing.assert_allclose(mean, [123.675, 116.28, 103.53])
+    np.testing.assert_allclose(std, [58.395, 57.12, 57.375])
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        (
+            {"name": "resnet51"},
+            "config.model.name is 'resnet51'; known: tiny, resnet18",
+        ),
+        ({"head": "conv"}, "config.model.head is 'conv'; known: linear, mlp"),
+        ({"dtype": "float16"}, "'float16'; known: float32, bfloat16"),
+        ({"name": "tiny", "extra_bn": True}, "config.model.extra_bn .* tiny"),
+    ],
+)
+def test_a_wrong_field_names_the_known_values(fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(**{"name": "resnet50", **fields})

@@ -1,0 +1,45 @@
+"""A workdir as a run leaves it, with untrained weights: made without a train step."""
+
+from pathlib import Path
+
+import jax
+
+from configs import demo
+from cxai_jax import data, novelty, steps, train
+from cxai_jax.checkpoint import Checkpoints
+from cxai_jax.config import claim_workdir
+from cxai_jax.optimizer import make_optimizer
+from cxai_jax.writer import write_json
+
+
+def make_run(workdir: Path):
+    """Fills `workdir` for a 32-pixel tiny network; returns (config, training records).
+
+    The head is scaled up, so that probabilities spread and some votes oppose.
+    """
+    config = demo.get_config("full")
+    config.data.image_size = 32
+    config.data.resize = 36
+    config.data.phantom_images = 48
+    config.eval.batch_size = 4
+    config.tta.k = 3
+    config.tta.theta = 0.45
+    claim_workdir(config, workdir)
+    dataset = data.load(config.data)
+    network = train.build_network(config, 2)
+    optimizer = make_optimizer(config.optim, 1, train.learning_rate_groups(config))
+    state = steps.create_state(network.variables, optimizer)
+    loud = jax.tree_util.tree_map_with_path(
+        lambda path, x: 20 * x if "head" in str(path) else x,
+        state.params,
+    )
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save("latest", 1, state.replace(params=loud), {"curve": []})
+    checkpoints.wait()
+    checkpoints.close()
+    names = list(dataset.class_names)
+    about = {"class_names": names, "positive": names[dataset.positive]}
+    write_json(workdir / "results.json", {"data": about})
+    records = dataset.splits["train"]
+    write_json(workdir / novelty.FILE, novelty.describe(records, config.data.resize))
+    return config, records

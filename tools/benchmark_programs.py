@@ -1,0 +1,366 @@
+"""What the benchmark times: the library's own steps, compiled as in training.
+
+Synthetic uint8 images, random weights, fixed seeds. A `Program` holds what compilation
+told about itself and a `run(calls)` that waits once, at the end.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import common
+from cxai_jax import mesh as meshes
+from cxai_jax import models, steps, train, tta
+from cxai_jax.augment import normalise
+from cxai_jax.data import pipeline
+from cxai_jax.data.records import Records
+from cxai_jax.optimizer import make_optimizer
+from cxai_jax.types import Batch
+
+CLASSES = 2
+ROTATION = 4  # Batches that take turns, so that no call repeats the one before.
+TOTAL_STEPS = 1000  # Only schedules read it.
+OPPOSING = {"early_unanimous": 0.0, "early_5_percent": 0.05, "early_undecided": 0.5}
+
+# The step by what it does; everything else is configs/common.py. Unit vectors keep the
+# contrastive term of an untrained network finite and cost the same.
+PLAIN = {"mix.name": "none", "cpe.weight": 0.0}
+SNAPMIX = {"cpe.weight": 0.0}
+FULL = {"cpe.normalize": True}
+ALIGN = {**FULL, "align.weight": 1.0}
+EVAL_MAPS = {"cam.mode": "eval"}
+# The peer gets images of the network's size, ready to use.
+NO_AUGMENTATION = {
+    "augment.crop": "none",
+    "augment.hflip": False,
+    "augment.vflip": False,
+}
+
+
+@dataclass
+class Program:
+    """Something compiled and ready to be timed.
+
+    Args:
+      run: makes that many calls, waits, returns the last call's loss (None without).
+      images: images per call.
+      about: trace_s, compile_s, cache_hit, bytes_xla, peak_bytes and, of a train step,
+        donated_bytes and state_bytes.
+      hlo: text of the optimised program.
+    """
+
+    run: Callable[[int], float | None]
+    images: int
+    about: dict = field(default_factory=dict)
+    hlo: str = ""
+
+
+class CacheHits:
+    """Counts programs that the persistent compilation cache delivered."""
+
+    count = 0
+
+    @classmethod
+    def listen(cls) -> None:
+        def heard(event: str, **_) -> None:
+            cls.count += event == "/jax/compilation_cache/cache_hits"
+
+        jax.monitoring.register_event_listener(heard)
+
+
+CacheHits.listen()
+
+
+def make_config(**fields):
+    """configs/common.py with fields changed, e.g. {"mix.name": "none"}."""
+    config = common.get_config()
+    config.update_from_flattened_dict(
+        {"optim.lr_fresh": 0.001, "model.name": "resnet50", **fields}
+    )
+    return config
+
+
+def synthetic_images(count: int, size: int, seed: int = 0) -> tuple:
+    """Gray uint8 images [N, size, size, 1] and labels int32 [N], never constant."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, size, size, 1), np.uint8)
+    return images, rng.integers(0, CLASSES, count).astype(np.int32)
+
+
+def synthetic_split(count: int, size: int) -> Batch:
+    images, labels = synthetic_images(count, size)
+    return Batch(
+        images=images,
+        sizes=np.full((count, 2), size, np.int32),
+        labels=labels,
+        sites=np.zeros(count, np.int32),
+        valid=np.ones(count, bool),
+    )
+
+
+@functools.cache
+def initial_variables(name: str, size: int) -> dict:
+    """NumPy weights of a fresh network: one start for all variants and the peer."""
+    config = make_config(**{"model.name": name, "data.image_size": size})
+    return jax.device_get(train.build_network(config, CLASSES).variables)
+
+
+def build(config, lowering: str = "auto") -> tuple:
+    """The model of a config, its weights and its input scale."""
+    model = models.build(config.model, CLASSES).clone(lowering=lowering)
+    variables = initial_variables(config.model.name, config.data.image_size)
+    return model, variables, steps.Scale(*models.normalisation(config.model.name))
+
+
+def compile_timed(function: Callable, *arguments, **jit_options) -> tuple:
+    """jit, with tracing and compilation timed apart: (compiled, about)."""
+    hits, begun = CacheHits.count, time.monotonic()
+    lowered = jax.jit(function, **jit_options).lower(*arguments)
+    traced = time.monotonic()
+    compiled = lowered.compile()
+    done = time.monotonic()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    about = {
+        "trace_s": traced - begun,
+        "compile_s": done - traced,
+        "cache_hit": CacheHits.count > hits,
+        "bytes_xla": cost.get("bytes accessed"),
+        "peak_bytes": None,
+        "donated_bytes": None,
+    }
+    if memory is not None:
+        about["donated_bytes"] = memory.alias_size_in_bytes
+        about["peak_bytes"] = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+    return compiled, about
+
+
+def step_program(
+    *,
+    batch: int,
+    size: int = 224,
+    lowering: str = "auto",
+    devices: int = 1,
+    steps_per_call: int = 1,
+    count: int | None = None,
+    **fields,
+) -> Program:
+    """The train step on a split that lies on the device.
+
+    Args:
+      batch: images per step, over all devices.
+      size: pixels, side of the input.
+      lowering: of models/lowering.py; "xla" is the reference.
+      devices: how many take part.
+      steps_per_call: steps in one dispatch.
+      count: images in the split; default ROTATION batches.
+      **fields: config fields by dotted name.
+    """
+    fields = {**NO_AUGMENTATION, "data.image_size": size, **fields}
+    config = make_config(**{"train.batch_size": batch, **fields})
+    mesh = meshes.make_mesh(devices)
+    model, variables, scale = build(config, lowering)
+    optimizer = make_optimizer(
+        config.optim, TOTAL_STEPS, train.learning_rate_groups(config)
+    )
+    state = meshes.put_replicated(steps.create_state(variables, optimizer), mesh)
+    train_step = steps.make_train_step(
+        model,
+        optimizer,
+        config,
+        scale=scale,
+        total_steps=TOTAL_STEPS,
+        groups=config.mix.groups or devices,
+    )
+    resident = steps.resident(train_step)
+    count = count or ROTATION * batch
+    side = size if config.augment.crop == "none" else config.data.resize
+    split = meshes.put_replicated(synthetic_split(count, side), mesh)
+    blocks = row_blocks(count, batch, steps_per_call, mesh)
+    key = meshes.put_replicated(jax.random.key_data(jax.random.key(0)), mesh)
+
+    def call(state, split, rows, key):
+        return resident(state, split, rows, jax.random.wrap_key_data(key))
+
+    compiled, about = compile_timed(
+        call,
+        state,
+        split,
+        blocks[0],
+        key,
+        donate_argnums=0,
+        out_shardings=meshes.replicated(mesh),
+    )
+    about["state_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    done = 0
+
+    def run(calls: int) -> float:
+        nonlocal state, done
+        for _ in range(calls):
+            state, metrics = compiled(state, split, blocks[done % len(blocks)], key)
+            done += 1
+        return float(metrics["loss"][-1])  # Reading it waits for everything before.
+
+    return Program(run, batch * steps_per_call, about, compiled.as_text())
+
+
+def row_blocks(count: int, batch: int, steps_per_call: int, mesh) -> list:
+    """Row numbers [S, B] of ROTATION calls, a shuffled walk through the split."""
+    needed = ROTATION * steps_per_call * batch
+    rng = np.random.default_rng(1)
+    rows = np.concatenate(
+        [rng.permutation(count) for _ in range(-(-needed // count))]
+    ).astype(np.int32)[:needed]
+    blocks = rows.reshape(ROTATION, steps_per_call, batch)
+    return [meshes.put_rows(block, mesh, axis=1) for block in blocks]
+
+
+def epoch_program(residency: str, *, batch: int, count: int, **fields) -> Program:
+    """Training as `train` runs it, augmentation on, from a data set of `count` images.
+
+    Args:
+      residency: "device" or "host".
+      **fields: config fields by dotted name.
+    """
+    config = make_config(
+        **{"train.batch_size": batch, "data.residency": residency, **FULL, **fields}
+    )
+    images, labels = synthetic_images(count, config.data.resize)
+    names = np.array([str(i) for i in range(count)])
+    fit = Records(images, labels, np.zeros(count, np.int32), names, names)
+    mesh = meshes.make_mesh()
+    model, variables, scale = build(config)
+    optimizer = make_optimizer(
+        config.optim, TOTAL_STEPS, train.learning_rate_groups(config)
+    )
+    state = meshes.put_replicated(steps.create_state(variables, optimizer), mesh)
+    train_step = steps.make_train_step(
+        model,
+        optimizer,
+        config,
+        scale=scale,
+        total_steps=TOTAL_STEPS,
+        groups=config.mix.groups or mesh.size,
+    )
+    stream = pipeline.row_stream(np.arange(count), batch, seed=0)
+    advance, about = train.compile_step(train_step, state, fit, stream, 0, config, mesh)
+
+    def run(calls: int) -> float:
+        nonlocal state
+        for _ in range(calls):
+            state, metrics, _ = advance(state)
+        return float(np.asarray(metrics["loss"]).reshape(-1)[-1])
+
+    return Program(run, batch * config.train.steps_per_call, about)
+
+
+def tta_programs(
+    kinds: tuple[str, ...], *, images: int, size: int = 224, **fields
+) -> dict[str, Program]:
+    """Test-time voting, k = 31, as one Program per kind.
+
+    Args:
+      kinds: "all" runs every mask in one graph; a key of OPPOSING stops when the label
+        is certain, at a threshold that makes that share of the votes oppose.
+      images: images voted on per call.
+      size: pixels, side of the input.
+      **fields: config fields by dotted name.
+
+    Raises:
+      ValueError: for an unknown kind.
+      RuntimeError: if stopping early gives another label than all votes do.
+    """
+    if unknown := set(kinds) - {"all", *OPPOSING}:
+        raise ValueError(f"unknown kinds {unknown}; known: all, {', '.join(OPPOSING)}")
+    voting = {"tta.k": 31, "tta.patch": max(1, size // 28)}  # 8 pixels of 224.
+    config = make_config(**{"data.image_size": size, **voting, **fields})
+    model, variables, scale = build(config)
+    variables = jax.device_put(variables)
+    given = [
+        jnp.asarray(synthetic_images(images, size, seed)[0]) for seed in range(ROTATION)
+    ]
+    compiled, about = compile_timed(
+        steps.make_predict_step(model, scale, config.tta), variables, given[0]
+    )
+    probs = [np.asarray(compiled(variables, batch)["probs"]) for batch in given]
+
+    def vote_all(number: int):
+        return compiled(variables, given[number])
+
+    look = jax.jit(steps.make_first_look(model, scale, config.tta))
+    forward = functools.partial(jax.jit(steps.make_vote_forward(model)), variables)
+
+    def vote_early(number: int, *, theta: float):
+        seen = look(variables, given[number])
+        return tta.vote_early(
+            forward,
+            seen["images"],
+            seen["cells"],
+            seen["probs"],
+            theta=theta,
+            grid=size // config.tta.patch,
+            fill=config.tta.fill,
+            chunk=config.tta.chunk,
+        )
+
+    result = {}
+    for kind in kinds:
+        if kind == "all":
+            run = in_turn(vote_all)
+            result[kind] = Program(run, images, about, compiled.as_text())
+            continue
+        theta = threshold(np.concatenate(probs), OPPOSING[kind])
+        forwards = []
+        for number in range(ROTATION):
+            votes = vote_early(number, theta=theta)
+            if (votes.labels != np.asarray(tta.vote(probs[number], theta=theta))).any():
+                raise RuntimeError(f"{kind}: stopping early changed a label")
+            forwards.append(1 + votes.forwards / images)
+        run = in_turn(functools.partial(vote_early, theta=theta))
+        result[kind] = Program(
+            run, images, {"forwards_per_image": float(np.mean(forwards))}
+        )
+    return result
+
+
+def in_turn(call: Callable[[int], object]) -> Callable[[int], None]:
+    """`run(calls)` that calls with 0, 1, .. ROTATION - 1, 0, .. and waits once."""
+    done = 0
+
+    def run(calls: int) -> None:
+        nonlocal done
+        for _ in range(calls):
+            out = call(done % ROTATION)
+            done += 1
+        jax.block_until_ready(out)
+
+    return run
+
+
+def threshold(probs: np.ndarray, share: float) -> float:
+    """A theta at which about that share of the votes [B, k+1, 2] oppose."""
+    original = probs[:, 0].argmax(-1)
+    own = np.take_along_axis(probs[:, 1:], original[:, None, None], axis=2)
+    # Between two votes, so that rounding decides none.
+    values = np.sort(own.ravel())
+    place = round(share * len(values))
+    return float(values[place - 1 : place + 1].mean()) if place else 0.0
+
+
+def peer_batches(batch: int, size: int, scale_of: str = "resnet50") -> list:
+    """The step programs' images as the peer takes them: normalised float32."""
+    config = make_config(**{"model.name": scale_of, "data.image_size": size})
+    scale = build(config)[2]
+    images, labels = synthetic_images(ROTATION * batch, size)
+    rows = np.random.default_rng(1).permutation(len(images)).reshape(ROTATION, batch)
+    ready = np.asarray(normalise(jnp.asarray(images), scale.mean, scale.std))
+    return [(ready[r], labels[r]) for r in rows]

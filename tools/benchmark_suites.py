@@ -1,0 +1,340 @@
+"""What the benchmark measures, suite by suite.
+
+A fast wrong step cannot pass: after the same steps from the same weights the loss of
+every step must agree with its reference, the float32 step in XLA's own lowering; else
+its row says so, and the command and any comparison with the row fail.
+"""
+
+import gc
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cxai_jax.models import lowering
+from tools import benchmark_programs as programs
+from tools.benchmark_session import Session, add_row
+from tools.benchmark_timing import Contender
+
+CHECK_STEPS = 3  # Steps after which losses are compared; also the warm-up.
+# Rounding, amplified by batch norm over three steps. A wrong gradient is off by more:
+# the losses of these first steps fall by a tenth and more.
+TOLERANCE = {"float32": 0.02, "bfloat16": 0.08}
+
+
+class Case(NamedTuple):
+    """A train step to be timed.
+
+    Args:
+      works: passes of `roofline.kernels` that it is made of.
+      peers: kinds of `peer_torch.make_step` to compare with.
+    """
+
+    name: str
+    fields: dict
+    works: tuple[str, ...]
+    peers: tuple[str, ...] = ()
+
+
+STEPS = {
+    "step_plain": (Case("plain", programs.PLAIN, ("train",), ("plain",)),),
+    "step_cam": (
+        Case(
+            "snapmix, eval maps",
+            {**programs.SNAPMIX, **programs.EVAL_MAPS},
+            ("train", "infer_folded"),
+        ),
+        Case("snapmix, train maps", programs.SNAPMIX, ("train", "forward")),
+    ),
+    "step_full": (
+        Case(
+            "full, eval maps",
+            {**programs.FULL, **programs.EVAL_MAPS},
+            ("train", "infer_folded"),
+            ("published", "fair_eval"),
+        ),
+    ),
+    "step_train_maps": (
+        Case(
+            "full, train maps",
+            programs.FULL,
+            ("train", "forward"),
+            ("published", "fair_train"),
+        ),
+    ),
+    "step_align": (
+        Case(
+            "full + alignment",
+            {**programs.ALIGN, **programs.EVAL_MAPS},
+            ("train", "infer_folded"),
+        ),
+    ),
+}
+STEPS["smoke"] = STEPS["step_full"]
+VOTING = ("all", "early_unanimous", "early_5_percent", "early_undecided")
+
+
+def loss_agrees(dtype: str, loss: float, reference: float) -> bool:
+    """Whether a step's loss is finite and that of its reference, up to rounding."""
+    allowed = TOLERANCE[dtype] * max(abs(reference), 0.1)
+    return math.isfinite(loss) and abs(loss - reference) <= allowed
+
+
+def measure_steps(session: Session, suite: str) -> None:
+    """The train steps of a suite with their references and peers, interleaved."""
+    for batch in session.batches:
+        if not session.time_left(f"{suite} bs {batch}"):
+            return
+        made, losses, references, compare, contenders = {}, {}, {}, {}, []
+        shape = {"batch": batch, "size": session.size}
+        # One reference per case, at the smallest batch: compiling it is the cost.
+        with_reference = batch == min(session.batches)
+        for case in STEPS[suite]:
+            fields = {**session.fields, **case.fields}
+            made[case.name] = programs.step_program(**shape, **fields)
+            losses[case.name] = made[case.name].run(CHECK_STEPS)
+            contenders.append(Contender(case.name, made[case.name].run))
+            compare[case.name] = {}
+            if with_reference:
+                naive = f"{case.name}, xla"
+                fields["model.dtype"] = "float32"
+                program = programs.step_program(**shape, lowering="xla", **fields)
+                references[case.name] = program.run(CHECK_STEPS)
+                contenders.append(Contender(naive, program.run))
+                compare[case.name]["naive"] = naive
+        peers = step_peers(session, suite, batch)
+        contenders += peers.values()
+        for case in STEPS[suite]:
+            compare[case.name] |= {
+                name: name for name in peers if name.split(", ")[0] in case.peers
+            }
+        rounds = session.interleave(contenders, warmup=0)
+        for case in STEPS[suite]:
+            loss, reference = losses[case.name], references.get(case.name)
+            made[case.name].about |= {
+                "loss": loss,
+                "reference_loss": reference,
+                "wrong": not loss_agrees(
+                    session.dtype, loss, loss if reference is None else reference
+                ),
+            }
+            add_row(
+                session,
+                suite,
+                case.name,
+                made[case.name],
+                rounds,
+                works=case.works,
+                trains=True,
+                compare=compare[case.name],
+            )
+        contenders.clear()
+        gc.collect()
+
+
+def step_peers(session: Session, suite: str, batch: int) -> dict[str, Contender]:
+    """PyTorch's side: as published and fair; on a GPU the fair ones compiled too."""
+    if not session.peer:
+        return {}
+    from experiments import peer_torch
+
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    batches = programs.peer_batches(batch, session.size)
+    variables = programs.initial_variables("resnet50", session.size)
+    peers = {}
+    for kind in dict.fromkeys(kind for case in STEPS[suite] for kind in case.peers):
+        for compiled in (False, True):
+            if compiled and (device == "cpu" or kind == "published"):
+                continue
+            name = f"{kind}, compiled" if compiled else kind
+            run = peer_torch.make_step(
+                kind,
+                batches,
+                device=device,
+                bf16=session.dtype == "bfloat16" and kind != "published",
+                compiled=compiled,
+                variables=variables,
+                rate=0.001,
+            )
+            if not math.isfinite(run(CHECK_STEPS)):
+                raise RuntimeError(f"the peer's loss is not finite: {name}")
+            peers[name] = Contender(name, run)
+    return peers
+
+
+def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
+    """Test-time voting: every mask in one graph, and stopping early."""
+    if not session.time_left("tta"):
+        return
+    made = programs.tta_programs(
+        kinds, images=session.voting_images, size=session.size, **session.fields
+    )
+    contenders = [Contender(kind, program.run) for kind, program in made.items()]
+    peers = {}
+    if session.peer:
+        peers = voting_peers(session)
+        contenders += peers.values()
+    rounds = session.interleave(contenders, warmup=1)
+    for kind, program in made.items():
+        add_row(
+            session,
+            "tta",
+            kind,
+            program,
+            rounds,
+            works=("infer_folded",),
+            forwards=program.about.get("forwards_per_image", 32.0),
+            compare=({} if kind == "all" else {"all": "all"}) | {n: n for n in peers},
+        )
+
+
+def voting_peers(session: Session) -> dict[str, Contender]:
+    from experiments import peer_torch
+
+    images = programs.peer_batches(session.voting_images, session.size)[0][0]
+    peers = {}
+    for kind in ("published", "batched"):
+        run = peer_torch.make_voting(
+            kind,
+            images,
+            device="cuda" if jax.default_backend() == "gpu" else "cpu",
+            bf16=session.dtype == "bfloat16" and kind == "batched",
+            variables=programs.initial_variables("resnet50", session.size),
+        )
+        # One call of ours votes on all images.
+        peers[kind] = Contender(
+            kind, lambda calls, run=run: run(calls * session.voting_images)
+        )
+    return peers
+
+
+def measure_epoch(session: Session) -> None:
+    """Steps of the whole method as `train` runs them, images on device or host."""
+    batch = min(session.batches)
+    made = {}
+    for residency in ("device", "host"):
+        if not session.time_left(f"epoch, {residency}"):
+            break
+        made[residency] = programs.epoch_program(
+            residency,
+            batch=batch,
+            count=session.epoch_images,
+            **session.fields,
+            **programs.EVAL_MAPS,
+            **{"data.image_size": session.size, "data.resize": session.size * 8 // 7},
+        )
+    contenders = [Contender(name, program.run) for name, program in made.items()]
+    rounds = session.interleave(contenders, warmup=1)
+    for name, program in made.items():
+        add_row(
+            session,
+            "epoch",
+            name,
+            program,
+            rounds,
+            works=("train", "infer_folded"),
+            trains=True,
+            compare={} if name == "device" else {"device": "device"},
+        )
+
+
+def measure_ops(session: Session) -> None:
+    """Forward and gradient of each rewritten operation against XLA's own.
+
+    These rows decide `models.lowering.AUTO` for a backend.
+    """
+    key, dtype = jax.random.key(0), jnp.dtype(session.dtype)
+    batch = min(session.batches)
+
+    def array(*shape):
+        return jax.random.normal(key, shape).astype(dtype)
+
+    side = session.size // 4
+    vector = jnp.ones(4 * side)
+    operations = {
+        "conv1x1, wide map": (lowering.conv, array(1, 1, 64, 256), (side, 64)),
+        "conv1x1, deep map": (
+            lowering.conv,
+            array(1, 1, 1024, 256),
+            (side // 4, 1024),
+        ),
+        "depthwise 3x3": (lowering.conv, array(3, 3, 1, 4 * side), (side, 4 * side)),
+        "max_pool": (lambda x, _, **kw: lowering.max_pool(x, **kw), None, (side, 64)),
+        "batch_norm": (
+            lambda x, scale, **kw: lowering.batch_norm(x, scale, scale, eps=1e-5, **kw)[
+                0
+            ],
+            vector,
+            (side, 4 * side),
+        ),
+    }
+    for name, (operation, weights, (pixels, channels)) in operations.items():
+        if not session.time_left(f"op {name}"):
+            return
+        x = array(batch, pixels, pixels, channels)
+        made = {}
+        for variant in ("tuned", "xla"):
+            made[f"{name}, {variant}"] = op_program(operation, x, weights, variant)
+        rounds = session.interleave(
+            [Contender(n, program.run) for n, program in made.items()], warmup=2
+        )
+        tuned, naive = made
+        compare = {"naive": naive}
+        add_row(session, "op", tuned, made[tuned], rounds, compare=compare)
+
+
+def op_program(operation, x, weights, variant: str) -> programs.Program:
+    """Value and gradients of sum(op(x, weights)^2); a sum alone is linear, and XLA
+    would not run the forward pass."""
+
+    def loss(x, weights):
+        y = operation(x, weights, lowering=variant)
+        return jnp.square(y.astype(jnp.float32)).mean()
+
+    argnums = (0,) if weights is None else (0, 1)
+    compiled, about = programs.compile_timed(
+        jax.value_and_grad(loss, argnums), x, weights
+    )
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            out = compiled(x, weights)
+        jax.block_until_ready(out)
+
+    return programs.Program(run, len(x), about)
+
+
+def measure_scale(session: Session) -> None:
+    """Weak scaling over devices; on virtual CPU devices for correctness only."""
+    for devices in (1, 2, 4, 8):
+        if devices > jax.device_count() or not session.time_left(f"scale {devices}"):
+            return
+        program = programs.step_program(
+            batch=devices * min(session.batches),
+            size=session.size,
+            devices=devices,
+            **session.fields,
+            **programs.FULL,
+        )
+        name = f"{devices} devices"
+        rounds = session.interleave([Contender(name, program.run)], warmup=1)
+        row = add_row(session, "scale", name, program, rounds)
+        row["devices"] = devices
+
+
+def measure_smoke(session: Session) -> None:
+    """One step and one vote of each kind, on the tiny network."""
+    measure_steps(session, "smoke")
+    measure_tta(session, ("all", "early_undecided"))
+
+
+SUITES = {
+    **{name: lambda s, name=name: measure_steps(s, name) for name in STEPS},
+    "smoke": measure_smoke,
+    "tta": measure_tta,
+    "epoch": measure_epoch,
+    "op": measure_ops,
+    "scale": measure_scale,
+    "roof": lambda session: None,  # Measured before every run.
+}

@@ -1,0 +1,96 @@
+"""One file with the trained model, for use without this package.
+
+python -m tools.export_model --workdir=runs/b --out=model.bin [--votes=31]
+
+The file holds the weights, the preprocessing, the class maps and, with votes, the
+test-time voting as StableHLO for CPU, CUDA and TPU, for any number of images.
+`tools/run_exported.py` reads it with jax alone. Writing and reading need the package
+flatbuffers (extra `export`).
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from cxai_jax import steps, trained, tta
+from cxai_jax.types import Array
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def make_function(model: trained.Trained) -> Callable[[Array], dict]:
+    """The function that is exported.
+
+    Takes gray uint8 [B, S, S], squashed to the network's size S. Returns, each with one
+    entry per class name: `probability` float32 [B], `class_map` float32 [B, h, w] and
+    `label` bool [B], after voting if the config's tta.k is above 0; then also
+    `opposing`, int32 [B] votes against the label before voting.
+    """
+    config, names = model.config.tta, model.class_names
+    predict = steps.make_predict_step(model.model, model.scale, config)
+
+    def by_class(values: Array) -> dict:
+        return {name: values[..., i] for i, name in enumerate(names)}
+
+    def run(images: Array) -> dict:
+        # One image after the other, so that the memory of its variants is bounded
+        # whatever the batch; without votes the whole batch is one pass.
+        if config.k:
+            out = jax.lax.map(
+                lambda image: jax.tree.map(
+                    lambda x: x[0], predict(model.variables, image[None, ..., None])
+                ),
+                images,
+            )
+            votes = tta.votes_for(out["probs"], theta=config.theta, k=config.k)
+            label, more = votes.labels, {"opposing": votes.opposing}
+        else:
+            out = predict(model.variables, images[..., None])
+            label, more = out["logits"].argmax(-1), {}
+        return more | {
+            "probability": by_class(out["probs"][:, 0]),
+            "class_map": by_class(out["class_maps"]),
+            "label": by_class(label[:, None] == jnp.arange(len(names))),
+        }
+
+    return run
+
+
+def export_model(
+    model: trained.Trained, platforms: Sequence[str] = PLATFORMS
+) -> export.Exported:
+    """`make_function` for any number of images, on the given platforms."""
+    size = model.config.data.image_size
+    (batch,) = export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, size, size), jnp.uint8)
+    return export.export(jax.jit(make_function(model)), platforms=platforms)(images)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.export_model")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--votes", type=int, default=0, help="masks per image; 0: none")
+    given = parser.parse_args(arguments)
+    try:
+        model = trained.load(given.workdir)
+        model.config.tta.k = given.votes
+        data = export_model(model).serialize()
+    except ImportError as error:
+        parser.exit(2, f"error: {error.name}: pip install 'cxai-jax[export]'\n")
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"error: {error}\n")
+    given.out.write_bytes(data)
+    size = model.config.data.image_size
+    print(
+        f"{given.out}: {len(data) / 1e6:.1f} MB, {', '.join(PLATFORMS)}, "
+        f"gray uint8 [B, {size}, {size}] -> {', '.join(model.class_names)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
