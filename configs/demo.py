@@ -12,10 +12,11 @@ def get_config(rows: str = "full"):
     config.data.name = "phantom"
     config.data.image_size = 64
     config.data.resize = 72
+    config.mix.prob = 0.5  # SnapMix's own choice when training from scratch.
     config.optim.lr_fresh = 0.05
     config.optim.schedule = "cosine"
     config.train.batch_size = 32
-    config.train.epochs = 30.0
+    config.train.epochs = 40.0
     config.train.checkpoint_every_epochs = 10.0
     config.tta.k = 31
     return common.apply_rows(config, rows)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from cxai_jax.types import Array
 
+CROPS = ("random", "square", "none")
+
 
 def random_crop(key: Array, images: Array, sizes: Array, size: int) -> Array:
     """Cuts one random window per image out of the valid part of its canvas.
@@ -58,24 +60,25 @@ def augment(
     """Applies the training transform: uint8 [B, Hc, Wc, C] -> [B, size, size, C].
 
     Args:
-      crop: "random" cuts a random window, "none" expects images of `size` already.
+      crop: "random" and "square" cut a random window out of what the host resized,
+        "none" expects images of `size` already.
 
     Raises:
       ValueError: if the canvas is smaller than `size`, or crop is unknown.
     """
-    if crop not in ("random", "none"):
-        raise ValueError(f"config.augment.crop is {crop!r}; known: random, none")
+    if crop not in CROPS:
+        raise ValueError(f"config.augment.crop is {crop!r}; known: {', '.join(CROPS)}")
     if min(images.shape[1:3]) < size or (
         crop == "none" and images.shape[1:3] != (size, size)
     ):
         raise ValueError(
             f"images are {images.shape[1]}x{images.shape[2]} px but crop={crop!r} at "
             f"config.data.image_size={size} needs "
-            + ("at least" if crop == "random" else "exactly")
+            + ("exactly" if crop == "none" else "at least")
             + " that; set config.data.resize >= config.data.image_size"
         )
     key_crop, key_flip = jax.random.split(key)
-    if crop == "random":
+    if crop != "none":
         images = random_crop(key_crop, images, sizes, size)
     return random_flips(key_flip, images, hflip=hflip, vflip=vflip)
 

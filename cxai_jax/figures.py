@@ -19,6 +19,7 @@ from cxai_jax.grid import interpolation_matrix
 INK = "#010203"  # Near black on paper, the page's own text colour in an SVG.
 COLOURS = ("#3b82c4", "#e07a2f", "#2f9e77", "#b0569b", "#8a8f2f", "#7b6bd6")
 LOSS_TERMS = ("cross_entropy", "cpe", "align", "outside_mask")
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 STYLE = {
     "svg.fonttype": "none",  # Text stays text: searchable and read aloud.
     "font.family": "sans-serif",
@@ -47,7 +48,7 @@ def to_svg(figure: Figure, description: str) -> str:
     """The figure as an inline SVG element that takes the page's text colour."""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
     text = buffer.getvalue()
     text = text[text.index("<svg ") :].replace(INK, "currentColor")
     return text.replace(

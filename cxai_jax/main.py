@@ -8,15 +8,26 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cxai_jax import train
+from cxai_jax import check, report, train
 from cxai_jax.config import check_overrides, load_config_file
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "File under configs/.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Results; default runs/<config name>.")
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval"], "Train and score, or score a checkpoint."
+    "mode",
+    "train",
+    ["train", "eval", "check"],
+    "Train and score; score a checkpoint; or check everything without a run.",
 )
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the other hosts, which Slurm or the TPU pod tells of."
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where nothing tells of it."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator, from 0.")
 # What a one-line message explains; anything else is a bug and keeps its traceback.
 EXPLAINED = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 
@@ -32,13 +43,48 @@ def main(_) -> None:
         "jax_compilation_cache_dir", str(workdir.absolute() / "xla_cache")
     )
     try:
-        run = {"train": train.train, "eval": train.score}[MODE.value]
-        results = run(CONFIG.value, workdir)
+        join_hosts()
+        if MODE.value == "check":
+            text = check.check(CONFIG.value, workdir)
+        else:
+            run = {"train": train.train, "eval": train.score}[MODE.value]
+            text = report.summary(run(CONFIG.value, workdir))
+            text += f"\nreport: {workdir / 'report.html'}"
     except EXPLAINED as error:
         sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(f"error: {out_of_memory(CONFIG.value)}")
     if jax.process_index() == 0:
-        print(results["metrics"]["all"])
-        print(f"results: {workdir / 'results.json'}")
+        print(text)
+
+
+def join_hosts() -> None:
+    """Joins the processes of a multi-host run, before the first device is touched.
+
+    Raises:
+      ValueError: if --coordinator, --num_processes and --process_id are not together.
+    """
+    given = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if given.count(None) not in (0, 3):
+        raise ValueError(
+            "--coordinator, --num_processes and --process_id belong together; on Slurm "
+            "and TPU pods --distributed alone finds all three"
+        )
+    if DISTRIBUTED.value or COORDINATOR.value:
+        jax.distributed.initialize(*given)
+
+
+def out_of_memory(config) -> str:
+    """What to do when the devices' memory ran out."""
+    return (
+        "the devices ran out of memory. Halve "
+        f"config.train.batch_size={config.train.batch_size} or double "
+        f"config.train.accumulate={config.train.accumulate} (in training), halve "
+        f"config.tta.chunk={config.tta.chunk} (in scoring), or set "
+        "config.model.remat=True or config.data.residency=host"
+    )
 
 
 def check_command_line(arguments: list[str]) -> None:
@@ -58,4 +104,6 @@ if __name__ == "__main__":
             check_command_line(sys.argv[1:])
         except EXPLAINED as error:
             sys.exit(f"error: {error}")
-    app.run(main)
+    # absl wants --config before --config.x.y; people write them in any order.
+    arguments = sorted(sys.argv[1:], key=lambda a: not a.startswith("--config="))
+    app.run(main, argv=[sys.argv[0], *arguments])

@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.append((str(given.workdir), str(error)))
         return conclude(given.out, [], errors, [], 0, about)
     if given.votes is not None:
+        cells = (model.config.data.image_size // model.config.tta.patch) ** 2
+        if not 0 <= given.votes <= cells:
+            parser.error(f"--votes={given.votes} must be 0..{cells}, the image's cells")
         model.config.tta.k = given.votes
     about |= {"step": model.step, "tta": model.config.tta.to_dict()}
     about = json.loads(json.dumps(about | {"window": given.window}))
@@ -69,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, signal = predict(model, known, found, errors, rows, given)
     about["ignored files"] = found.ignored
     code = conclude(given.out, rows, errors, model.class_names, model.positive, about)
+    if signal:
+        print("stopped; the same command with --resume continues")
     return 128 + signal if signal else code
 
 
@@ -117,7 +122,8 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
             else:
                 waiting += opened
             full = predictor.batch_size
-            while len(waiting) >= full or (waiting and place == len(files)):
+            last = place == len(files)
+            while (len(waiting) >= full or (waiting and last)) and not stop.asked:
                 batch, waiting = waiting[:full], waiting[full:]
                 outcome = predictor(np.stack([one.input for one in batch]))
                 table.add([row_of(i, one, outcome) for i, one in enumerate(batch)])

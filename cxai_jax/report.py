@@ -204,6 +204,7 @@ def prediction_report(
             '<ul class="tiles">',
             *(f"<li><b>{number}</b> {escape(text)}</li>" for text, number in tiles),
             "</ul>",
+            _votes_sentence(rows, about),
         )
     ]
     if errors:
@@ -238,6 +239,17 @@ def prediction_report(
         )
     parts.append(_details("About this prediction", about))
     return _page("Predictions", f"{len(rows)} images", parts)
+
+
+def _votes_sentence(rows: Sequence[Row], about: dict) -> str:
+    cast = sum(row.cast or 0 for row in rows)
+    if not cast:
+        return ""
+    every = about["tta"]["k"] * len(rows)
+    return (
+        f"<p>{cast} votes were cast; the other {every - cast} of {every} could not "
+        "have changed a label.</p>"
+    )
 
 
 def _score_rows(scored: dict) -> Iterable[tuple[str, dict]]:

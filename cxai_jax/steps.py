@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax import struct
 
 from cxai_jax import alignment, losses, saliency, tta
-from cxai_jax.augment import augment, normalise
+from cxai_jax.augment import CROPS, augment, normalise
 from cxai_jax.cam import of_class, patch_relevance
 from cxai_jax.mixing import MIXES
 from cxai_jax.types import Array, Batch, PyTree
@@ -58,6 +58,7 @@ def check_config(config) -> None:
     """Raises ValueError for an unknown name among the step's choices."""
     known = {
         "config.mix.name": (config.mix.name, tuple(MIXES)),
+        "config.augment.crop": (config.augment.crop, CROPS),
         "config.cam.mode": (config.cam.mode, ("train", "eval")),
         "config.cpe.cam_source": (config.cpe.cam_source, ("mixed", "clean")),
     }

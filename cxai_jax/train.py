@@ -13,10 +13,13 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -27,6 +30,7 @@ from cxai_jax import (
     explain,
     models,
     novelty,
+    preview,
     report,
     steps,
 )
@@ -82,9 +86,21 @@ def learning_rate_groups(config):
 
 
 def fit_records(dataset: Dataset, names: str) -> Records:
-    """The records of `config.data.fit`, e.g. "train+val"."""
+    """The records of `config.data.fit`, e.g. "train+val".
+
+    Raises:
+      ValueError: for an unknown split, or a class without a training image.
+    """
     parts = [split_of(dataset, name, "config.data.fit") for name in names.split("+")]
-    return parts[0] if len(parts) == 1 else concatenate(parts)
+    records = parts[0] if len(parts) == 1 else concatenate(parts)
+    counts = np.bincount(records.labels, minlength=len(dataset.class_names))
+    if not counts.all():
+        missing = dataset.class_names[int(counts.argmin())]
+        raise ValueError(
+            f"config.data.fit={names!r} of {dataset.name} has no image of the class "
+            f"{missing!r}; prepare the data with some of every class in it"
+        )
+    return records
 
 
 def split_of(dataset: Dataset, name: str, field: str) -> Records:
@@ -139,6 +155,44 @@ def open_run(config, workdir: Path) -> Run:
     return Run(config, workdir, mesh, dataset, network, evaluator, checkpoints, [])
 
 
+class Plan(NamedTuple):
+    """What a run trains on, how often and with what."""
+
+    fit: Records
+    stream: grain.MapDataset  # stream[step] is the row numbers of that step.
+    steps_per_epoch: int
+    total_steps: int
+    optimizer: optax.GradientTransformation
+
+
+def make_plan(run: Run) -> Plan:
+    """Lays out the steps of a run.
+
+    Raises:
+      ValueError: if the batch does not fit the data or the devices.
+    """
+    config, batch_size = run.config, run.config.train.batch_size
+    if batch_size % config.train.accumulate:
+        raise ValueError(
+            f"config.train.batch_size={batch_size} must be a multiple of "
+            f"config.train.accumulate={config.train.accumulate}"
+        )
+    meshes.check_batch(
+        batch_size // config.train.accumulate,
+        run.mesh,
+        "config.train.batch_size / config.train.accumulate",
+    )
+    fit = fit_records(run.dataset, config.data.fit)
+    rows = pipeline.training_rows(fit, config.data.site_repeats, batch_size)
+    stream = pipeline.row_stream(rows, batch_size, config.seed)
+    steps_per_epoch = len(rows) // batch_size
+    per_call = config.train.steps_per_call
+    total_steps = max(1, round(config.train.epochs * steps_per_epoch))
+    total_steps = -(-total_steps // per_call) * per_call
+    optimizer = make_optimizer(config.optim, total_steps, learning_rate_groups(config))
+    return Plan(fit, stream, steps_per_epoch, total_steps, optimizer)
+
+
 def train(config, workdir: Path) -> dict:
     """Trains (or continues) the run in `workdir`, scores it and writes results.json.
 
@@ -157,53 +211,28 @@ def train(config, workdir: Path) -> dict:
     started = time.monotonic()
     claim_workdir(config, workdir, write=jax.process_index() == 0)
     run = open_run(config, workdir)
-    mesh, batch_size = run.mesh, config.train.batch_size
-    if batch_size % config.train.accumulate:
-        raise ValueError(
-            f"config.train.batch_size={batch_size} must be a multiple of "
-            f"config.train.accumulate={config.train.accumulate}"
-        )
-    meshes.check_batch(
-        batch_size // config.train.accumulate,
-        mesh,
-        "config.train.batch_size / config.train.accumulate",
-    )
-    fit = fit_records(run.dataset, config.data.fit)
-    rows = pipeline.training_rows(fit, config.data.site_repeats, batch_size)
-    stream = pipeline.row_stream(rows, batch_size, config.seed)
-    steps_per_epoch = len(rows) // batch_size
-    per_call = config.train.steps_per_call
-    total_steps = max(1, round(config.train.epochs * steps_per_epoch))
-    total_steps = -(-total_steps // per_call) * per_call
-
-    optimizer = make_optimizer(config.optim, total_steps, learning_rate_groups(config))
-    state = steps.create_state(run.network.variables, optimizer)
+    plan = make_plan(run)
+    state = steps.create_state(run.network.variables, plan.optimizer)
     step, restored = 0, run.checkpoints.restore("latest", state)
     if restored:
         state, step, about = restored
         run.curve = about["curve"]
-    state = meshes.put_replicated(state, mesh)
+    state = meshes.put_replicated(state, run.mesh)
     writer = Writer(workdir, start_step=step, active=jax.process_index() == 0)
+    total_steps, steps_per_epoch = plan.total_steps, plan.steps_per_epoch
     if restored:
-        writer.progress(f"continuing {workdir} at step {step} of {total_steps}")
+        writer.say(f"continuing {workdir} at step {step} of {total_steps}")
     compiled = {}
     if step < total_steps:
-        train_step = steps.make_train_step(
-            run.network.model,
-            optimizer,
-            config,
-            scale=run.network.scale,
-            total_steps=total_steps,
-            groups=config.mix.groups or mesh.size,
-        )
-        advance, compiled = compile_step(
-            train_step, state, fit, stream, step, config, mesh
-        )
-        writer.progress(
-            f"compiled in {compiled['compile_s']:.1f} s; {len(fit)} images, "
+        advance, compiled = compile_run(run, plan, state, step)
+        writer.say(
+            f"compiled in {compiled['compile_s']:.1f} s; {len(plan.fit)} images, "
             f"{steps_per_epoch} steps per epoch, {total_steps} steps, images on the "
             f"{compiled['residency']}"
         )
+        if writer.shows_images:
+            fed = preview.training_sheet(config, plan.fit)
+            writer.image(step, "training_images", fed)
         state = loop(
             run,
             writer,
@@ -274,7 +303,11 @@ def score_curve(run: Run, writer: Writer, state, step: int) -> None:
     row = {"step": step}
     for split in ("val", run.config.data.test):
         if split in run.dataset.splits and split not in run.config.data.fit.split("+"):
-            predictions = run.evaluator.predict(state, run.dataset.splits[split])
+            records = run.dataset.splits[split]
+            predictions = run.evaluator.predict(state, records)
+            if writer.shows_images:
+                maps = preview.class_map_sheet(predictions, records)
+                writer.image(step, f"{split}_class_maps", maps)
             row[split] = evaluate.quick_score(predictions, run.dataset.positive)
             writer.scalars(step, {f"{split}_{n}": v for n, v in row[split].items()})
     if "val" in row:
@@ -402,12 +435,30 @@ def finish(run: Run, writer: Writer | None, results: dict) -> None:
     run.checkpoints.close()
 
 
+def compile_run(run: Run, plan: Plan, state: steps.TrainState, step: int):
+    """`compile_step` of a run's own step, to go on from `step`."""
+    train_step = steps.make_train_step(
+        run.network.model,
+        plan.optimizer,
+        run.config,
+        scale=run.network.scale,
+        total_steps=plan.total_steps,
+        groups=run.config.mix.groups or run.mesh.size,
+    )
+    return compile_step(
+        train_step, state, plan.fit, plan.stream, step, run.config, run.mesh
+    )
+
+
 def compile_step(train_step, state, fit, stream, step, config, mesh: Mesh):
     """Compiles the step for where the images live.
 
     Returns:
       (advance, about): `advance(state) -> (state, metrics, seconds waited for data)`
       runs `steps_per_call` steps; `about` holds compile seconds, FLOPs and bytes.
+
+    Raises:
+      ValueError: if the step needs more memory than the device has.
     """
     key = meshes.put_replicated(jax.random.key_data(jax.random.key(config.seed)), mesh)
     transform = pipeline.fit_for_training(config)
@@ -448,11 +499,13 @@ def compile_step(train_step, state, fit, stream, step, config, mesh: Mesh):
     traced = time.monotonic()
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
+    check_memory(memory, config.train.batch_size)
     about = {
         "trace_s": traced - begun,
         "compile_s": time.monotonic() - traced,
         "step_flops": (compiled.cost_analysis() or {}).get("flops"),
         "step_temp_bytes": getattr(memory, "temp_size_in_bytes", None),
+        "argument_bytes": getattr(memory, "argument_size_in_bytes", None),
         "donated_bytes": getattr(memory, "alias_size_in_bytes", None),
         "residency": "host" if split is None else "device",
     }
@@ -465,6 +518,27 @@ def compile_step(train_step, state, fit, stream, step, config, mesh: Mesh):
         return *compiled(state, *arguments, key), waited
 
     return advance, about
+
+
+def check_memory(memory, batch_size: int, limit: int | None = None) -> None:
+    """Raises ValueError if a compiled step cannot fit, with a batch size that would.
+
+    Args:
+      memory: what XLA says of the program; None where it says nothing.
+      batch_size: of the step. What a step allocates grows in proportion to it.
+      limit: bytes of a device; None asks the first one, which may not know (CPU).
+    """
+    limit = limit or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if memory is None or not limit:
+        return
+    fixed, grows = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    if fixed + grows > limit:
+        fits = int(batch_size * max(limit - fixed, 0) / grows)
+        raise ValueError(
+            f"config.train.batch_size={batch_size} needs {(fixed + grows) / 1e9:.1f} "
+            f"GB of {limit / 1e9:.1f} GB per device; about {fits} would fit. Lower it, "
+            "raise config.train.accumulate, or set config.model.remat=True"
+        )
 
 
 def log(writer, timer, pending, step, total_steps, steps_per_epoch) -> None:

@@ -1,5 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl always, the console, TensorBoard if asked."""
+"""Where a run's numbers go: metrics.jsonl and the console always; TensorBoard where
+tensorboardX is installed (extra `log`), Weights & Biases where WANDB_PROJECT is set."""
 
+import hashlib
 import json
 import os
 import sys
@@ -40,9 +42,10 @@ class Writer:
 
     def __init__(self, workdir: Path, *, start_step: int, active: bool = True):
         self.active = active
-        self._terminal = sys.stdout.isatty() and not os.environ.get("CI")
+        self._quiet = bool(os.environ.get("CI"))
+        self._terminal = sys.stdout.isatty() and not self._quiet
         self._path = workdir / "metrics.jsonl"
-        self._tensorboard = None
+        self._tensorboard = self._wandb = None
         if not active:
             return
         # Rows after the checkpoint belong to a run that died: they will be redone.
@@ -52,6 +55,7 @@ class Writer:
             kept = [r for r in rows if _step_of(r) is not None]
             kept = [r for r in kept if _step_of(r) <= start_step]
         self._path.write_text("".join(row + "\n" for row in kept))
+        self._wandb = _open_wandb(workdir)
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
@@ -68,15 +72,34 @@ class Writer:
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether `image` has anywhere to write: pictures cost time to make."""
+        return bool(self._tensorboard or self._wandb)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """uint8 [H, W, 3] to TensorBoard, where it is installed."""
+        """uint8 [H, W, 3] to TensorBoard and Weights & Biases, where they are on."""
         if self._tensorboard:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(image)}, step=step)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.active:
+            print(text, flush=True)
 
     def progress(self, text: str, *, last: bool = False) -> None:
-        """A line that overwrites itself on a terminal and is a plain line elsewhere."""
-        if not self.active:
+        """A line that overwrites itself on a terminal and is a plain line elsewhere.
+
+        Where the environment variable CI is set, only the last one is shown.
+        """
+        if not self.active or (self._quiet and not last):
             return
         if self._terminal:
             print(f"\r\x1b[2K{text}", end="\n" if last else "", flush=True)
@@ -86,6 +109,31 @@ class Writer:
     def close(self) -> None:
         if self._tensorboard:
             self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _open_wandb(workdir: Path):
+    """A Weights & Biases run that a restart in the same workdir continues, or None."""
+    project = os.environ.get("WANDB_PROJECT")
+    if not project:
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "WANDB_PROJECT is set but wandb is not installed; pip install wandb, or "
+            "unset WANDB_PROJECT"
+        ) from error
+    path = workdir.absolute()
+    return wandb.init(
+        project=project,
+        name=path.name,
+        id=hashlib.sha256(str(path).encode()).hexdigest()[:16],
+        resume="allow",
+        dir=str(path),
+        config=json.loads((path / "config.json").read_text()),
+    )
 
 
 def _step_of(row: str) -> int | None:

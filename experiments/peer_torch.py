@@ -335,6 +335,24 @@ def make_network(device: str, *, channels_last: bool, variables=None, extra_bn=F
     return network.to(device, memory_format=layout).train()
 
 
+class Forward:
+    """A network whose forward pass, and nothing else, may be compiled and in bfloat16.
+
+    Logits come out in float32.
+    """
+
+    def __init__(self, network, *, bf16: bool, compiled: bool = False):
+        self.fc, self.train = network.fc, network.train
+        self._device = network.fc.weight.device.type
+        self._call = torch.compile(network) if compiled else network
+        self._bf16 = bf16
+
+    def __call__(self, x):
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._bf16):
+            logits, features = self._call(x)
+        return logits.float(), features
+
+
 def make_step(
     kind: str,
     batches: list,
@@ -360,7 +378,7 @@ def make_step(
     channels_last = kind not in ("plain_nchw", "published")
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = make_network(device, channels_last=channels_last, variables=variables)
-    forward = torch.compile(network) if compiled else network
+    forward = Forward(network, bf16=bf16, compiled=compiled)
     optimizer = torch.optim.SGD(
         network.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
@@ -376,10 +394,10 @@ def make_step(
 
     def loss_of(images, labels):
         if kind == "published":
-            return published_step(network, images, labels)
+            return published_step(forward, images, labels)
         if kind in ("plain", "plain_nchw"):
             return plain_step(forward, images, labels)
-        return fair_step(Forwarded(network, forward), images, labels, kind[5:])
+        return fair_step(forward, images, labels, kind.removeprefix("fair_"))
 
     done = 0
 
@@ -389,8 +407,7 @@ def make_step(
             images, labels = given[done % len(given)]
             done += 1
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                loss = loss_of(images, labels)
+            loss = loss_of(images, labels)
             loss.backward()
             optimizer.step()
             if kind == "published":
@@ -398,16 +415,6 @@ def make_step(
         return loss.item()
 
     return run
-
-
-class Forwarded:
-    """A network whose forward pass may be the compiled one."""
-
-    def __init__(self, network, forward):
-        self.fc, self.train, self._forward = network.fc, network.train, forward
-
-    def __call__(self, x):
-        return self._forward(x)
 
 
 def make_voting(
@@ -429,6 +436,7 @@ def make_voting(
     channels_last = kind == "batched"
     network = make_network(device, channels_last=channels_last, variables=variables)
     network.eval()
+    forward = Forward(network, bf16=bf16)
     given = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
     vote = published_voting if kind == "published" else batched_voting
     done = 0
@@ -437,8 +445,7 @@ def make_voting(
         nonlocal done
         labels = []
         for _ in range(count):
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                labels.append(vote(network, given[done % len(given)], k, theta))
+            labels.append(vote(forward, given[done % len(given)], k, theta))
             done += 1
         return labels
 

@@ -1,6 +1,7 @@
 """Shared fixtures. Compiled programs are cached for the session: resuming a run
 compiles the same step again and compilation is what tests spend their time on."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -12,7 +13,10 @@ SHARED = REPO.parent / "shared"
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # One cache for all workers.
+        folder = folder.parent
+    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

@@ -16,16 +16,18 @@ FLOORS = [
     | {"calibration", "figures", "models.lowering", "data.transforms"}
     | {"data.splits", "data.leakage", "data.records"},
     {"mixing", "saliency", "models.norm", "models.pretrained", "data.store"}
-    | {"data.inputs"},
-    {"models.backbone", "data.phantom", "data.sites", "data.folder", "data.cxr"},
+    | {"novelty"},
+    {"models.backbone", "data.inputs", "data.phantom", "data.sites", "data.folder", "data.cxr"},
     {"models.tiny", "models.resnet", "models.efficientnet_lite0"},
     {"models", "data"},
     {"data.pipeline"},
-    {"steps"},
+    {"steps", "preview"},
     {"evaluate"},
     {"explain"},
     {"report"},
     {"train"},
+    {"trained", "check"},
+    {"prediction_table"},
     {"main", "predict"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -246,8 +246,7 @@ def zip_checkpoint(content, storages):
 def old_checkpoint(content, storages):
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
     data = b"".join(
-        dump(v)
-        for v in (0x1950A86A20F9469CFC6C, 1001, system, content, list(storages))
+        dump(v) for v in (0x1950A86A20F9469CFC6C, 1001, system, content, list(storages))
     )
     for value in storages.values():
         data += struct.pack("<q", value.size) + value.tobytes()
@@ -320,6 +319,7 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path, content):
         pretrained.read_tensors(str(tmp_path / "w.pth"))
 
 
+@pytest.mark.slow
 def test_torch_itself_writes_what_we_read(tmp_path):
     torch = pytest.importorskip("torch")
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
@@ -367,7 +367,9 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", offline)
     with pytest.raises(ValueError) as error:
         pretrained.read_tensors("timm/resnet50.tv_in1k")
-    assert "timm/resnet50.tv_in1k (OSError: no route to host); check" in str(error.value)
+    assert "timm/resnet50.tv_in1k (OSError: no route to host); check" in str(
+        error.value
+    )
     assert "\n" not in str(error.value)
 
 
@@ -390,6 +392,26 @@ def test_load_pretrained_names_source_and_model(tmp_path, tensors):
         pretrained.load_pretrained(spec, "tiny", variables_of("tiny"))
     start = variables_of("tiny")
     assert pretrained.load_pretrained("", "tiny", start) == (start, {})
+
+
+def test_convert_weights_checks_and_writes_an_npz(tmp_path, monkeypatch, capsys):
+    source, output = tmp_path / "in.npz", tmp_path / "out.npz"
+    tensors = resnet18_tensors(num_classes=4)
+
+    def convert(tensors):
+        np.savez(source, **tensors)
+        arguments = ["--model=resnet18", f"--source={source}", f"--output={output}"]
+        monkeypatch.setattr(sys, "argv", ["convert_weights.py", *arguments])
+        convert_weights.main()
+
+    convert(tensors)
+    assert "102 tensors of resnet18, 1 ignored" in capsys.readouterr().out
+    del tensors["bn1.num_batches_tracked"]
+    same(pretrained.read_tensors(str(output)), tensors)
+    del tensors["conv1.weight"]
+    with pytest.raises(SystemExit):
+        convert(tensors)
+    assert "does not fit resnet18: missing params/conv1" in capsys.readouterr().err
 
 
 def timm_lite0_name(path):

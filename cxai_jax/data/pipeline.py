@@ -29,10 +29,13 @@ RESIDENCIES = ("auto", "device", "host")
 
 
 def fit_for_training(config) -> Callable[[np.ndarray], np.ndarray]:
-    """Host transform before the random crop: short side to `resize`, or squash."""
-    if config.augment.crop == "random":
-        return lambda image: transforms.short_side(image, config.data.resize)
-    return fit_for_scoring(config)
+    """Host transform before the crop: short side or square of `resize`, or no crop."""
+    resize = config.data.resize
+    return {
+        "random": lambda image: transforms.short_side(image, resize),
+        "square": lambda image: transforms.squash(image, resize),
+        "none": fit_for_scoring(config),
+    }[config.augment.crop]
 
 
 def fit_for_scoring(config) -> Callable[[np.ndarray], np.ndarray]:
