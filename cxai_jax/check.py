@@ -59,7 +59,7 @@ def environment() -> Iterator[str]:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     yield (
         f"devices    {jax.device_count()} x {device.device_kind} "
-        f"({jax.default_backend()}), {jax.process_count()} host(s)"
+        f"({jax.default_backend()}), processes: {jax.process_count()}"
         + (f", {gigabytes(limit)} each" if limit else "")
     )
     if jax.default_backend() == "cpu" and Path("/dev/nvidia0").exists():
@@ -84,7 +84,7 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
         yield (
             f"  {split:<8} "
             + ", ".join(f"{n} {c}" for n, c in zip(names, counts, strict=True))
-            + f"; {patients} patients; {sizes}; gray {levels[split]:.0f} ± {spread:.0f}"
+            + f"; {patients} patients; {sizes} px; gray {levels[split]:.0f} ± {spread:.0f}"
         )
         for name, count in zip(names, counts, strict=True):
             if not count:
@@ -100,14 +100,12 @@ def gray_levels(records: Records) -> tuple[float, float, str]:
     rows = np.linspace(0, len(records) - 1, min(SAMPLE, len(records))).astype(int)
     images = [records.images[int(row)] for row in rows]
     shapes = np.array([image.shape[:2] for image in images])
-    low, high = shapes.min(0), shapes.max(0)
-    sizes = f"{low[0]}-{high[0]} x {low[1]}-{high[1]} px"
-    if (low == high).all():
-        sizes = f"{low[0]} x {low[1]} px"
+    ranges = zip(shapes.min(0), shapes.max(0), strict=True)
+    sides = [f"{low}" if low == high else f"{low}-{high}" for low, high in ranges]
     means = [image.mean() for image in images]
     squares = [np.square(image.astype(np.float64)).mean() for image in images]
     mean = float(np.mean(means))
-    return mean, float(np.sqrt(max(np.mean(squares) - mean**2, 0))), sizes
+    return mean, float(np.sqrt(max(np.mean(squares) - mean**2, 0))), " x ".join(sides)
 
 
 def montage(config, dataset: Dataset, fit: Records) -> np.ndarray:
@@ -201,4 +199,4 @@ def cost(run: train.Run) -> Iterator[str]:
 
 def gigabytes(count: int) -> str:
     """A number of bytes in words."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

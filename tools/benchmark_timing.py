@@ -36,8 +36,7 @@ class Load:
     """CPU seconds: the machine's busy and total, and this process's own."""
 
     def __init__(self):
-        own = os.times()
-        self.own = own.user + own.system + own.children_user + own.children_system
+        self.own = time.process_time()
         try:
             with open("/proc/stat") as file:
                 ticks = [int(word) for word in file.readline().split()[1:9]]
