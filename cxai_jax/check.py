@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cxai_jax import figures, preview, steps, train
+from cxai_jax import compilation, figures, outcome, preview, setup, steps
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.data.records import Dataset, Records
@@ -36,8 +36,8 @@ def check(config, workdir: Path) -> str:
     """
     claim_workdir(config, workdir, write=False)
     lines = list(environment())
-    run = train.open_run(config, workdir)
-    fit = train.fit_records(run.dataset, config.data.fit)
+    run = setup.open_run(config, workdir)
+    fit = setup.fit_records(run.dataset, config.data.fit)
     lines += describe_data(run.dataset)
     picture = workdir / "check.png"
     picture.write_bytes(figures.encode(montage(config, run.dataset, fit), "PNG"))
@@ -52,7 +52,7 @@ def check(config, workdir: Path) -> str:
 
 def environment() -> Iterator[str]:
     """Versions and devices."""
-    found = train.versions()
+    found = outcome.versions()
     shown = ("python", "jax", "flax", "optax", "numpy")
     yield "versions   " + ", ".join(f"{name} {found[name]}" for name in shown)
     device = jax.local_devices()[0]
@@ -84,7 +84,8 @@ def describe_data(dataset: Dataset) -> Iterator[str]:
         yield (
             f"  {split:<8} "
             + ", ".join(f"{n} {c}" for n, c in zip(names, counts, strict=True))
-            + f"; {patients} patients; {sizes} px; gray {levels[split]:.0f} ± {spread:.0f}"
+            + f"; {patients} patients; {sizes} px; "
+            + f"gray {levels[split]:.0f} ± {spread:.0f}"
         )
         for name, count in zip(names, counts, strict=True):
             if not count:
@@ -122,7 +123,7 @@ def montage(config, dataset: Dataset, fit: Records) -> np.ndarray:
     )
 
 
-def overfit(run: train.Run, fit: Records) -> Iterator[str]:
+def overfit(run: setup.Run, fit: Records) -> Iterator[str]:
     """Five steps of plain cross-entropy on one batch that does not change."""
     config = run.config.copy_and_resolve_references()
     config.unlock()
@@ -138,7 +139,7 @@ def overfit(run: train.Run, fit: Records) -> Iterator[str]:
         yield f"! overfit  left out: {len(fit)} images for {run.mesh.size} devices"
         return
     optimizer = make_optimizer(
-        config.optim, OVERFIT_STEPS, train.learning_rate_groups(config)
+        config.optim, OVERFIT_STEPS, setup.learning_rate_groups(config)
     )
     step = jax.jit(
         steps.make_train_step(
@@ -168,12 +169,12 @@ def overfit(run: train.Run, fit: Records) -> Iterator[str]:
     )
 
 
-def cost(run: train.Run) -> Iterator[str]:
+def cost(run: setup.Run) -> Iterator[str]:
     """Compiles the run's own step, times it and extrapolates."""
-    config, plan = run.config, train.make_plan(run)
+    config, plan = run.config, setup.make_plan(run)
     state = steps.create_state(run.network.variables, plan.optimizer)
     state = meshes.put_replicated(state, run.mesh)
-    advance, about = train.compile_run(run, plan, state, 0)
+    advance, about = compilation.compile_run(run, plan, state, 0)
     state, metrics, _ = advance(state)
     jax.block_until_ready(metrics)
     begun = time.monotonic()

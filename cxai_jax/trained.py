@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cxai_jax import mesh as meshes
-from cxai_jax import steps, train, tta
+from cxai_jax import setup, steps, tta
 from cxai_jax.checkpoint import Checkpoints
 from cxai_jax.config import read_config
 from cxai_jax.optimizer import make_optimizer
@@ -48,8 +48,8 @@ def load(workdir: Path) -> Trained:
     # The checkpoint replaces pretrained weights, so they need not be found again.
     fresh = config.copy_and_resolve_references()
     fresh.model.pretrained = ""
-    network = train.build_network(fresh, len(data["class_names"]))
-    optimizer = make_optimizer(config.optim, 1, train.learning_rate_groups(config))
+    network = setup.build_network(fresh, len(data["class_names"]))
+    optimizer = make_optimizer(config.optim, 1, setup.learning_rate_groups(config))
     template = steps.create_state(network.variables, optimizer)
     kind = "best" if config.train.selection == "best_val" else "latest"
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)

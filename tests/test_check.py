@@ -7,7 +7,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from configs import demo
-from cxai_jax import check, main, preview, train
+from cxai_jax import check, compilation, main, preview, setup
 from cxai_jax.data.records import Dataset, Records
 
 
@@ -94,7 +94,7 @@ def test_what_deserves_a_look_is_marked():
 def test_training_without_an_image_of_a_class_is_refused():
     found = Dataset("x", {"train": records([1, 1])}, ("a", "b"), ("x",), 1, "given", "")
     with pytest.raises(ValueError, match="config.data.fit='train' .* class 'a'"):
-        train.fit_records(found, "train")
+        setup.fit_records(found, "train")
 
 
 class Memory:
@@ -103,10 +103,10 @@ class Memory:
 
 
 def test_a_batch_too_large_is_told_the_size_that_fits():
-    train.check_memory(Memory, 64, limit=18_000_000_000)
-    train.check_memory(None, 64, limit=1)
+    compilation.check_memory(Memory, 64, limit=18_000_000_000)
+    compilation.check_memory(None, 64, limit=1)
     with pytest.raises(ValueError, match="batch_size=64 needs 18.0 GB of 10.0.*32 wou"):
-        train.check_memory(Memory, 64, limit=10_000_000_000)
+        compilation.check_memory(Memory, 64, limit=10_000_000_000)
 
 
 def test_out_of_memory_names_the_fields_to_change():

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 
 from configs import demo
-from cxai_jax import data, novelty, steps, train
+from cxai_jax import data, novelty, setup, steps
 from cxai_jax.checkpoint import Checkpoints
 from cxai_jax.config import claim_workdir
 from cxai_jax.optimizer import make_optimizer
@@ -26,8 +26,8 @@ def make_run(workdir: Path):
     config.tta.theta = 0.45
     claim_workdir(config, workdir)
     dataset = data.load(config.data)
-    network = train.build_network(config, 2)
-    optimizer = make_optimizer(config.optim, 1, train.learning_rate_groups(config))
+    network = setup.build_network(config, 2)
+    optimizer = make_optimizer(config.optim, 1, setup.learning_rate_groups(config))
     state = steps.create_state(network.variables, optimizer)
     loud = jax.tree_util.tree_map_with_path(
         lambda path, x: 20 * x if "head" in str(path) else x,

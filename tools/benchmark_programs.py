@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
+from cxai_jax import compilation, models, setup, steps, tta
 from cxai_jax import mesh as meshes
-from cxai_jax import models, steps, train, tta
 from cxai_jax.augment import normalise
 from cxai_jax.data import pipeline
 from cxai_jax.data.records import Records
@@ -107,7 +107,7 @@ def synthetic_split(count: int, size: int) -> Batch:
 def initial_variables(name: str, size: int) -> dict:
     """NumPy weights of a fresh network: one start for all variants and the peer."""
     config = make_config(**{"model.name": name, "data.image_size": size})
-    return jax.device_get(train.build_network(config, CLASSES).variables)
+    return jax.device_get(setup.build_network(config, CLASSES).variables)
 
 
 def build(config, lowering: str = "auto") -> tuple:
@@ -170,7 +170,7 @@ def step_program(
     mesh = meshes.make_mesh(devices)
     model, variables, scale = build(config, lowering)
     optimizer = make_optimizer(
-        config.optim, TOTAL_STEPS, train.learning_rate_groups(config)
+        config.optim, TOTAL_STEPS, setup.learning_rate_groups(config)
     )
     state = meshes.put_replicated(steps.create_state(variables, optimizer), mesh)
     train_step = steps.make_train_step(
@@ -240,7 +240,7 @@ def epoch_program(residency: str, *, batch: int, count: int, **fields) -> Progra
     mesh = meshes.make_mesh()
     model, variables, scale = build(config)
     optimizer = make_optimizer(
-        config.optim, TOTAL_STEPS, train.learning_rate_groups(config)
+        config.optim, TOTAL_STEPS, setup.learning_rate_groups(config)
     )
     state = meshes.put_replicated(steps.create_state(variables, optimizer), mesh)
     train_step = steps.make_train_step(
@@ -252,7 +252,9 @@ def epoch_program(residency: str, *, batch: int, count: int, **fields) -> Progra
         groups=config.mix.groups or mesh.size,
     )
     stream = pipeline.row_stream(np.arange(count), batch, seed=0)
-    advance, about = train.compile_step(train_step, state, fit, stream, 0, config, mesh)
+    advance, about = compilation.compile_step(
+        train_step, state, fit, stream, 0, config, mesh
+    )
 
     def run(calls: int) -> float:
         nonlocal state
