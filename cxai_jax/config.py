@@ -37,6 +37,11 @@ def load_config_file(spec: str) -> ConfigDict:
       FileNotFoundError: if there is no such file, listing its neighbours.
       ValueError: for an unknown word after the colon.
     """
+    if "\\" in spec:
+        raise FileNotFoundError(
+            f"{spec}: write the config with forward slashes and relative to the "
+            "repository's root, as configs/demo.py; on Windows work inside WSL"
+        )
     name, _, words = spec.partition(":")
     path = Path(name)
     if not path.is_file():

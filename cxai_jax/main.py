@@ -92,8 +92,8 @@ def check_command_line(arguments: list[str]) -> None:
     files = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
     if len(files) != 1:
         raise ValueError(
-            "name one config, for example --config=configs/demo.py; got "
-            f"{len(files)} --config= arguments"
+            "name one config, for example --config=configs/demo.py with its equals "
+            f"sign; got {len(files)} --config= arguments"
         )
     check_overrides(arguments, load_config_file(files[0]))
 

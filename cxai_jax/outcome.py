@@ -1,6 +1,7 @@
 """What a finished run leaves: predictions, report and results.json."""
 
 import json
+import logging
 import platform
 from importlib import metadata
 
@@ -68,6 +69,17 @@ def conclude(run: setup.Run, state) -> dict:
             "hosts": jax.process_count(),
         },
     }
+
+
+def warn_below_chance(scored: dict) -> None:
+    """Says so if the ranking is significantly wrong, as with swapped labels."""
+    _, high = scored["intervals"]["auc"]  # NaN where one class is scored.
+    if high < 0.5:
+        logging.warning(
+            "the AUC is below chance (95 %% interval ends at %.2f): are the labels of "
+            "the scored images swapped against those trained on?",
+            high,
+        )
 
 
 def explain_some(run: setup.Run, state) -> dict:

@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     for noisy in ("absl", "orbax", "jax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # Its errors are ours.
     done = given.out / "predictions.csv"
     if done.exists() and not given.resume:
         parser.error(

@@ -180,6 +180,7 @@ def finish(run: setup.Run, writer: Writer | None, results: dict) -> None:
     """Writes results.json, report.html and what `predict` needs; closes the files."""
     if jax.process_index() == 0:
         config, split = run.config, run.config.data.test
+        outcome.warn_below_chance(results["metrics"]["all"])
         write_json(run.workdir / "results.json", results)
         fit = setup.fit_records(run.dataset, config.data.fit)
         described = novelty.describe(fit, config.data.resize)

@@ -23,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import cxr
-from cxai_jax import explain, trained
+from cxai_jax import explain, outcome, trained
 from cxai_jax import mesh as meshes
 from cxai_jax import train as training
 from cxai_jax.data import load as load_data
@@ -71,7 +71,7 @@ def main() -> None:
             "verdict": verdict(table),
             "seeds": SEEDS,
             "config": json.loads(configs[1].to_json()),
-            "versions": training.versions(),
+            "versions": outcome.versions(),
             "device": jax.devices()[0].device_kind,
         },
     )

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from configs import common, cxr, demo
-from cxai_jax import explain, figures, trained
+from cxai_jax import explain, figures, outcome, trained
 from cxai_jax import explanation_metrics as em
 from cxai_jax import mesh as meshes
 from cxai_jax import train as training
@@ -41,7 +41,7 @@ METHODS = {
     "SnapMix + CPE": lambda config: None,
 }
 TEST_SLICES = 240  # Drawn twice each.
-EXPLAINED = 64  # Of these, explained with the letter in place.
+EXPLAINED = 32  # Of these, explained with the letter in place.
 TEST_SEED = 7
 REACH = 4  # Pixels by which the letter's box grows: half a cell of the class map.
 
@@ -79,7 +79,7 @@ def make_config(method: str, correlation: float, seed: int) -> ConfigDict:
     # Of two balanced binary variables that agree with probability p, phi = 2 p - 1.
     config.data.phantom_mark = str((1 + correlation) / 2)
     config.optim.clip_norm = 1.0
-    config.train.epochs = 24.0
+    config.train.epochs = 20.0
     config.train.checkpoint_every_epochs = 0.0
     config.tta.k = 0
     config.eval.bootstrap = 100
@@ -191,7 +191,7 @@ def write(rows: list[dict]) -> None:
             "model": config.model.name,
             "epochs": config.train.epochs,
             "seeds": SEEDS,
-            "versions": training.versions(),
+            "versions": outcome.versions(),
             "device": jax.devices()[0].device_kind,
             "rows": rows,
         },

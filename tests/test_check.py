@@ -7,7 +7,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from configs import demo
-from cxai_jax import check, compilation, main, preview, setup
+from cxai_jax import check, compilation, main, outcome, preview, setup
 from cxai_jax.data.records import Dataset, Records
 
 
@@ -95,6 +95,28 @@ def test_training_without_an_image_of_a_class_is_refused():
     found = Dataset("x", {"train": records([1, 1])}, ("a", "b"), ("x",), 1, "given", "")
     with pytest.raises(ValueError, match="config.data.fit='train' .* class 'a'"):
         setup.fit_records(found, "train")
+
+
+def test_swapped_labels_are_suspected(caplog):
+    outcome.warn_below_chance({"intervals": {"auc": [0.4, 0.6]}})
+    assert not caplog.records
+    outcome.warn_below_chance({"intervals": {"auc": [0.1, 0.2]}})
+    assert "swapped" in caplog.text and "0.20" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ([], "with its equals sign; got 0"),
+        (["--config", "configs/demo.py"], "with its equals sign; got 0"),
+        (["--config=C:\\x\\configs\\demo.py"], "forward slashes"),
+        (["--config=configs/demo.py:ful"], "known: baseline"),
+        (["--config=configs/Demo.py"], "found: .*configs/demo.py"),
+    ],
+)
+def test_a_mistyped_command_line_is_explained(arguments, words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        main.check_command_line(arguments)
 
 
 class Memory:

@@ -81,11 +81,15 @@ def start(action: str, workdir: Path, residency: str, *, devices: int, **names):
     )
 
 
-def finish(process) -> dict:
-    output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, output[-4000:]
-    lines = [line for line in output.splitlines() if MARK in line]
-    return json.loads(lines[-1].partition(MARK)[2])
+def finish(*processes) -> list[dict]:
+    """What each process reported; a failure shows the output of all of them."""
+    outputs = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
+    told = "\n---- other process ----\n".join(output[-4000:] for output in outputs)
+    assert all(process.returncode == 0 for process in processes), told
+    marked = [
+        [line for line in output.splitlines() if MARK in line] for output in outputs
+    ]
+    return [json.loads(lines[-1].partition(MARK)[2]) for lines in marked]
 
 
 def free_port() -> int:
@@ -108,7 +112,7 @@ def train_on_two_hosts(workdir: Path, residency: str) -> list[dict]:
         for i in range(2)
     ]
     try:
-        return [finish(host) for host in hosts]
+        return finish(*hosts)
     finally:
         for host in hosts:
             host.kill()
@@ -156,7 +160,7 @@ def test_checkpoint_restores_on_another_number_of_devices(runs):
     with np.load(path) as file:
         before = dict(file)
     path.unlink()
-    about = finish(start("score", workdir, "device", devices=1))
+    (about,) = finish(start("score", workdir, "device", devices=1))
     assert (about["processes"], about["devices"]) == (1, 1)
     assert about["steps"] == hosts[0]["steps"]
     with np.load(path) as file:
