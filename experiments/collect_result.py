@@ -41,11 +41,9 @@ def trimmed(results: dict) -> dict:
     kept["config"]["data"].pop("data_dir")
     weights = kept["config"]["model"]["pretrained"]
     kept["config"]["model"]["pretrained"] = weights.replace("\\", "/").split("/")[-1]
-    return kept | {
-        "versions": results["versions"],
-        "device": results["device"],
-        "train_seconds": round(results["time"]["total_s"]),
-    }
+    if "time" in results:  # A run scored again by --mode=eval trained in no time.
+        kept["train_seconds"] = round(results["time"]["total_s"])
+    return kept | {"versions": results["versions"], "device": results["device"]}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from cxai_jax.grid import upsample
 ROWS = {"baseline": "cross-entropy", "full": "SnapMix + CPE"}
 COUNT = 2  # Slices drawn, of as many patients.
 SIDE = 224  # Pixels of each panel.
-WIDTH = 900  # Pixels of the picture.
+WIDTH = 840  # Pixels of the picture.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = data.load(demo.get_config().data)
     figure = draw(dataset.splits["test"], found, dataset.class_names, dataset.positive)
     figures.save(figure, options.out)
-    # A README is some 900 pixels wide; a palette halves the bytes.
+    # A README is some 840 pixels wide; a palette halves the bytes.
     picture = Image.open(options.out).convert("RGB")
     picture.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
     picture.quantize(256).save(options.out, optimize=True)

@@ -42,12 +42,17 @@ def tiny_config(residency: str):
 def work(action: str, workdir: str, residency: str) -> None:
     """Runs in a subprocess: trains, or scores what was trained."""
     import jax
+    from jax.experimental import multihost_utils
 
     jax.config.update("jax_num_cpu_devices", int(os.environ["TEST_DEVICES"]))
     if action == "train":
         jax.distributed.initialize(
             os.environ["TEST_COORDINATOR"], 2, int(os.environ["TEST_PROCESS"])
         )
+        # Connects the hosts now, while they are in step: the first collective waits
+        # 30 s for the others, and on a busy machine compilation takes them further
+        # apart than that.
+        multihost_utils.sync_global_devices("joined")
     from cxai_jax import train
 
     run = {"train": train.train, "score": train.score}[action]
