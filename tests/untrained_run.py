@@ -23,6 +23,7 @@ def make_run(workdir: Path):
     config.data.phantom_images = 48
     config.eval.batch_size = 4
     config.tta.k = 3
+    config.tta.patch = 8
     config.tta.theta = 0.45
     claim_workdir(config, workdir)
     dataset = data.load(config.data)
