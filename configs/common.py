@@ -35,7 +35,9 @@ def get_config() -> ConfigDict:
     data.site_repeats = (1,)  # How often each site enters an epoch, e.g. (1, 4) (A21).
     data.residency = "auto"  # device | host | auto: where the uint8 images live.
     data.phantom_images = 480  # Phantom only: images over both sites and all splits.
-    data.phantom_mark = ""  # Phantom only: "" or the mark's correlation, e.g. "0.9".
+    # Phantom only: probability that the burnt-in letter agrees with the label in train
+    # and val, e.g. "0.95"; "" is 0.5, no relation, which test always has.
+    data.phantom_mark = ""
 
     config.augment = augment = ConfigDict()
     # random: short side to `resize`, random crop (published, D18); square: squash to
@@ -78,6 +80,7 @@ def get_config() -> ConfigDict:
     align.ramp = 0.3  # Share of all steps over which the weight grows from 0.
     align.input_grad_fraction = 1.0  # Share of the batch used by the input gradient.
     align.mask_weight = 0.0  # Weight of 1 - energy in the lung mask.
+    align.mask_dilate = 1  # Cells of the class map by which that mask grows.
 
     config.optim = optim = ConfigDict()
     optim.lr_trunk = 0.001  # Learning rate of pretrained parameters (A20).

@@ -43,6 +43,9 @@ def mask(config):
     """Beyond the paper: needs lung masks, which part of the images have."""
     cheap(config)
     config.align.mask_weight = 0.3
+    # On a 7 x 7 grid one cell more would declare 79 % of a chest X-ray lung, with the
+    # corners where letters are burnt in, instead of 30 %.
+    config.align.mask_dilate = 0
 
 
 ROWS = {

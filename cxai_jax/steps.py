@@ -282,7 +282,9 @@ def alignment_terms(align, network, images, outputs, labels, masks):
         total += align.weight * terms["align"]
     if align.mask_weight > 0:
         covered = [z for z in maps if z.shape[0] == masks.shape[0]]
-        terms["outside_mask"] = alignment.energy_outside(covered, masks, **shape).mean()
+        terms["outside_mask"] = alignment.energy_outside(
+            covered, masks, dilate=align.mask_dilate, **shape
+        ).mean()
         total += align.mask_weight * terms["outside_mask"]
     first = alignment.spatial_distribution(maps[0], **shape)
     terms["entropy"] = alignment.normalised_entropy(first).mean()

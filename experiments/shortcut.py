@@ -26,6 +26,7 @@ from cxai_jax import explain, figures, outcome, trained
 from cxai_jax import explanation_metrics as em
 from cxai_jax import mesh as meshes
 from cxai_jax import train as training
+from cxai_jax.config import claim_workdir
 from cxai_jax.data import phantom, transforms
 from cxai_jax.data.records import Records
 from cxai_jax.grid import upsample
@@ -76,6 +77,10 @@ def make_config(method: str, correlation: float, seed: int) -> ConfigDict:
         common.baseline(config)
     METHODS[method](config)
     config.seed = seed
+    # A scanner burns its letter into one place. Flips would mirror it, crops shift and
+    # rescale it: no shortcut to be cured would be learned.
+    config.augment.crop = "none"
+    config.augment.hflip = config.augment.vflip = False
     # Of two balanced binary variables that agree with probability p, phi = 2 p - 1.
     config.data.phantom_mark = str((1 + correlation) / 2)
     config.optim.clip_norm = 1.0
@@ -119,6 +124,7 @@ def letter_boxes(clean: Records, marked: Records, size: int) -> np.ndarray:
 
 def run(config: ConfigDict, workdir: Path, clean: Records, marked: Records) -> dict:
     """Trains one network, or finds it trained, and measures it; resumable."""
+    claim_workdir(config, workdir)  # What is found there must be of this config.
     done = workdir / "shortcut.json"
     if done.exists():
         return json.loads(done.read_text())
