@@ -8,7 +8,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cxai_jax import check, report, train
+from cxai_jax import check, host_memory, report, train
 from cxai_jax.config import check_overrides, load_config_file
 
 FLAGS = flags.FLAGS
@@ -33,6 +33,7 @@ EXPLAINED = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 
 
 def main(_) -> None:
+    host_memory.keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("absl", "orbax", "jax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

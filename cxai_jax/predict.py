@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cxai_jax import figures, novelty, prediction_table, train, trained
+from cxai_jax import figures, host_memory, novelty, prediction_table, train, trained
 from cxai_jax.data import inputs, transforms
 from cxai_jax.mesh import make_mesh
 from cxai_jax.writer import write_json
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=window, help="CENTER,WIDTH for DICOM files")
     parser.add_argument("--resume", action="store_true", help="continue in --out")
     given = parser.parse_intermixed_args(arguments)
+    host_memory.keep_freed_memory()
     for noisy in ("absl", "orbax", "jax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # Its errors are ours.

@@ -23,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import cxr
-from cxai_jax import explain, outcome, trained
+from cxai_jax import explain, host_memory, outcome, trained
 from cxai_jax import mesh as meshes
 from cxai_jax import train as training
 from cxai_jax.config import claim_workdir
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--epochs", type=float, default=30.0)
     options = parser.parse_args()
+    host_memory.keep_freed_memory()
     cache = options.out.absolute() / "xla_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     pairs = []

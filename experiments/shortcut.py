@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from configs import common, cxr, demo
-from cxai_jax import explain, figures, outcome, trained
+from cxai_jax import explain, figures, host_memory, outcome, trained
 from cxai_jax import explanation_metrics as em
 from cxai_jax import mesh as meshes
 from cxai_jax import train as training
@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/shortcut"))
     options = parser.parse_args()
+    host_memory.keep_freed_memory()
     cache = options.out.absolute() / "xla_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

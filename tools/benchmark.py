@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 
+from cxai_jax import host_memory
 from tools.benchmark_session import (
     Session,
     describe,
@@ -58,6 +59,7 @@ def main(arguments: list[str]) -> int:
     if given.device != "auto":
         name = "cuda" if given.device == "gpu" else given.device
         jax.config.update("jax_platforms", name)
+    host_memory.keep_freed_memory()
     deadline = time.monotonic() + given.budget_s
     if suites == ["smoke"]:
         session = smoke_session()

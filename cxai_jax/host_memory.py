@@ -1,0 +1,32 @@
+"""Freed host memory stays with the process, for XLA's CPU backend takes it anew.
+
+Every execution of a program on CPU allocates its temporaries, 0.9 GB for a training
+step of a ResNet-50 at batch 8, and frees them at its end. By default glibc returns
+blocks of this size to the kernel, which clears every page again at the next step: 0.2
+million page faults, a sixth of the step's time and a third of an EfficientNet-Lite0's.
+"""
+
+import ctypes
+
+# Parameters of mallopt(3), from malloc.h.
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
+SETTINGS = {
+    ARENA_MAX: 1,  # Other arenas than the main one cannot grow to such blocks.
+    MMAP_MAX: 0,  # Large blocks come from the heap as well,
+    TRIM_THRESHOLD: -1,  # which is never given back
+    TOP_PAD: 64 << 20,  # and grows by this many bytes at least.
+}
+
+
+def keep_freed_memory() -> bool:
+    """Makes malloc keep what is freed; to be called before the first device is used.
+
+    Threads that already exist may have arenas of their own, which stay as they are.
+
+    Returns:
+      Whether it did: the C library is glibc.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    return all(library.mallopt(*setting) for setting in SETTINGS.items())

@@ -1,0 +1,34 @@
+import subprocess
+import sys
+
+import pytest
+
+from cxai_jax import host_memory
+
+PROGRAM = """
+import resource
+from cxai_jax import host_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(b"x") * (1 << 27)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+kept = host_memory.keep_freed_memory()
+print(int(kept), faults(), faults())
+"""
+
+
+def test_memory_that_was_freed_is_not_faulted_in_again():
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+    )
+    kept, first, second = map(int, run.stdout.split())
+    if not kept:
+        pytest.skip("not glibc")
+    assert second <= first / 10 and first > 10
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())
+    assert not host_memory.keep_freed_memory()
