@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from cxai_jax.models import lowering
 from tools import benchmark_programs as programs
+from tools.benchmark_peer import Peer
 from tools.benchmark_session import Session, add_row
 from tools.benchmark_timing import Contender
 
@@ -104,7 +105,7 @@ def measure_steps(session: Session, suite: str) -> None:
                 contenders.append(Contender(naive, program.run))
                 compare[case.name]["naive"] = naive
         peers = step_peers(session, suite, batch)
-        contenders += peers.values()
+        contenders += [Contender(n, peer.run, peer.cpu) for n, peer in peers.items()]
         for case in STEPS[suite]:
             compare[case.name] |= {
                 name: name for name in peers if name.split(", ")[0] in case.peers
@@ -130,10 +131,12 @@ def measure_steps(session: Session, suite: str) -> None:
                 compare=compare[case.name],
             )
         contenders.clear()
+        for peer in peers.values():
+            peer.close()
         gc.collect()
 
 
-def step_peers(session: Session, suite: str, batch: int) -> dict[str, Contender]:
+def step_peers(session: Session, suite: str, batch: int) -> dict[str, Peer]:
     """PyTorch's side: as published and fair; on a GPU the fair ones compiled too."""
     if not session.peer:
         return {}
@@ -148,18 +151,18 @@ def step_peers(session: Session, suite: str, batch: int) -> dict[str, Contender]
             if compiled and (device == "cpu" or kind == "published"):
                 continue
             name = f"{kind}, compiled" if compiled else kind
-            run = peer_torch.make_step(
-                kind,
-                batches,
+            peers[name] = peer = Peer(
+                peer_torch.make_step,
+                kind=kind,
+                batches=batches,
                 device=device,
                 bf16=session.dtype == "bfloat16" and kind != "published",
                 compiled=compiled,
                 variables=variables,
                 rate=0.001,
             )
-            if not math.isfinite(run(CHECK_STEPS)):
+            if not math.isfinite(peer.run(CHECK_STEPS)):
                 raise RuntimeError(f"the peer's loss is not finite: {name}")
-            peers[name] = Contender(name, run)
     return peers
 
 
@@ -174,7 +177,12 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
     peers = {}
     if session.peer:
         peers = voting_peers(session)
-        contenders += peers.values()
+        # One call of ours votes on all images.
+        each = session.voting_images
+        contenders += [
+            Contender(n, lambda calls, run=peer.run: run(calls * each), peer.cpu)
+            for n, peer in peers.items()
+        ]
     rounds = session.interleave(contenders, warmup=1)
     for kind, program in made.items():
         add_row(
@@ -187,26 +195,25 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
             forwards=program.about.get("forwards_per_image", 32.0),
             compare=({} if kind == "all" else {"all": "all"}) | {n: n for n in peers},
         )
+    for peer in peers.values():
+        peer.close()
 
 
-def voting_peers(session: Session) -> dict[str, Contender]:
+def voting_peers(session: Session) -> dict[str, Peer]:
     from experiments import peer_torch
 
     images = programs.peer_batches(session.voting_images, session.size)[0][0]
-    peers = {}
-    for kind in ("published", "batched"):
-        run = peer_torch.make_voting(
-            kind,
-            images,
+    return {
+        kind: Peer(
+            peer_torch.make_voting,
+            kind=kind,
+            images=images,
             device="cuda" if jax.default_backend() == "gpu" else "cpu",
             bf16=session.dtype == "bfloat16" and kind == "batched",
             variables=programs.initial_variables("resnet50", session.size),
         )
-        # One call of ours votes on all images.
-        peers[kind] = Contender(
-            kind, lambda calls, run=run: run(calls * session.voting_images)
-        )
-    return peers
+        for kind in ("published", "batched")
+    }
 
 
 def measure_epoch(session: Session) -> None:

@@ -26,17 +26,21 @@ class Sample(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """Something to be timed. `run(calls)` makes the calls and waits for the last."""
+    """Something to be timed. `run(calls)` makes the calls and waits for the last.
+
+    `cpu()` is a clock of the CPU seconds of whatever process does the work.
+    """
 
     name: str
     run: Callable[[int], object]
+    cpu: Callable[[], float] = time.process_time
 
 
 class Load:
-    """CPU seconds: the machine's busy and total, and this process's own."""
+    """CPU seconds: the machine's busy and total, and the own by the given clock."""
 
-    def __init__(self):
-        self.own = time.process_time()
+    def __init__(self, cpu: Callable[[], float] = time.process_time):
+        self.own = cpu()
         try:
             with open("/proc/stat") as file:
                 ticks = [int(word) for word in file.readline().split()[1:9]]
@@ -57,10 +61,10 @@ class Load:
 
 def take_sample(contender: Contender, calls: int) -> Sample:
     """Times `calls` calls with one wait at the end."""
-    before, start = Load(), time.perf_counter()
+    before, start = Load(contender.cpu), time.perf_counter()
     contender.run(calls)
     seconds = time.perf_counter() - start
-    after = Load()
+    after = Load(contender.cpu)
     cpu = (after.own - before.own) / calls
     return Sample(seconds / calls, before.foreign_until(after), cpu)
 
