@@ -1,14 +1,18 @@
 """Chest X-rays: what becomes of the table, the masks, and a folder of three classes."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cxai_jax import data, evaluate
+from configs import cxr as cxr_config
+from cxai_jax import data, evaluate, setup
+from cxai_jax import mesh as meshes
 from cxai_jax.data import cxr, folder, pipeline, store
+from cxai_jax.data.records import Dataset, Records
 from tools import prepare_data
 
 HEADER = "filename,patientid,finding,view,lung_mask,license\n"
@@ -133,6 +137,20 @@ def test_a_mask_of_another_size_is_named(tmp_path):
     Image.fromarray(np.zeros((40, 49), np.uint8)).save(wrong)
     with pytest.raises(ValueError, match="0-0.png has 40 x 49 pixels but its image"):
         store.build(cxr.plan_cxr(tmp_path / "source"), tmp_path / "data")
+
+
+def test_a_mask_term_is_refused_without_masks():
+    config = cxr_config.get_config("mask")
+    images = np.zeros((16, 8, 8, 1), np.uint8)
+    labels = np.arange(16, dtype=np.int32) % 2
+    names = labels.astype(str)
+    fit = Records(images, labels, 0 * labels, names, names)
+    dataset = Dataset("bare", {"train": fit, "val": fit}, ("a", "b"), ("",), 1, "", "")
+    run = SimpleNamespace(config=config, mesh=meshes.make_mesh(1), dataset=dataset)
+    with pytest.raises(ValueError, match="mask_weight=0.3 needs .* bare has none"):
+        setup.make_plan(run)
+    config.align.mask_weight = 0.0
+    assert setup.make_plan(run).steps_per_epoch == 2
 
 
 def test_the_shared_collection(shared):
