@@ -138,7 +138,8 @@ def run_report(
     if k:
         parts.append(_voting_section(predictions, before, after, opposing, theta))
     if explanations:
-        parts.append(_explanations_section(explanations, records, names))
+        summary = results["explanations"]
+        parts.append(_explanations_section(explanations, summary, records, names))
     shown = np.arange(len(labels))
     note = ""
     if len(shown) > MAX_ROWS:
@@ -355,7 +356,7 @@ def _gallery(predictions, records, names, rows) -> str:
     return f'<div class="gallery">{"".join(figure)}</div>'
 
 
-def _explanations_section(found: dict, records: Records, names) -> str:
+def _explanations_section(found: dict, summary: dict, records: Records, names) -> str:
     score, rows = explain.agreement(found), {n: i for i, n in enumerate(records.names)}
     chosen = found["probs"].argmax(1)
     figure = []
@@ -373,12 +374,30 @@ def _explanations_section(found: dict, records: Records, names) -> str:
         figure.append(
             f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
         )
+    measures = {
+        "entropy": "Entropy, 1 is flat",
+        "empty": "Share of empty maps",
+        "occlusion": "Correlation with occlusion",
+        "border": "Energy at the border",
+        "lung": "Energy in the lungs",
+        "lung_over_area": "The same over their area",
+    }
+    known = {key: m for key, m in measures.items() if f"{key}/cam" in summary}
+    table = _table(
+        ("Map", *known.values()),
+        [
+            (title, *(f"{summary[f'{key}/{name}']['mean']:.2f}" for key in known))
+            for name, title in explain.MAPS.items()
+        ],
+        f"Means over {len(score)} images. Flat or empty maps agree without meaning it",
+    )
     return _section(
         "Do the explanations agree?",
         f"<p>Left to right: image, {', '.join(explain.MAPS.values())}, each of the "
         "predicted class. Agreement is the mean rank correlation of the three maps, 1 "
         "if they order the regions equally; it says nothing about being right. "
         f"{len(score)} images, least agreement first.</p>",
+        table,
         f'<div class="gallery wide">{"".join(figure)}</div>',
     )
 

@@ -144,7 +144,8 @@ def make_plan(run: Run) -> Plan:
     """Lays out the steps of a run.
 
     Raises:
-      ValueError: if the batch does not fit the data or the devices.
+      ValueError: if the batch does not fit the data or the devices, or a lung mask
+        term is wanted of data without masks.
     """
     config, batch_size = run.config, run.config.train.batch_size
     if batch_size % config.train.accumulate:
@@ -158,6 +159,11 @@ def make_plan(run: Run) -> Plan:
         "config.train.batch_size / config.train.accumulate",
     )
     fit = fit_records(run.dataset, config.data.fit)
+    if config.align.mask_weight > 0 and fit.lung_masks is None:
+        raise ValueError(
+            f"config.align.mask_weight={config.align.mask_weight} needs lung masks and "
+            f"{run.dataset.name} has none; set it to 0, or train on cxr or phantom"
+        )
     rows = pipeline.training_rows(fit, config.data.site_repeats, batch_size)
     stream = pipeline.row_stream(rows, batch_size, config.seed)
     steps_per_epoch = len(rows) // batch_size

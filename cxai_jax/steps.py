@@ -286,9 +286,10 @@ def alignment_terms(align, network, images, outputs, labels, masks):
             covered, masks, dilate=align.mask_dilate, **shape
         ).mean()
         total += align.mask_weight * terms["outside_mask"]
-    first = alignment.spatial_distribution(maps[0], **shape)
-    terms["entropy"] = alignment.normalised_entropy(first).mean()
-    terms["empty_maps"] = alignment.empty_fraction(maps[0])
+    for name, z in zip(align.maps, maps, strict=True):  # The collapse alarm.
+        p = alignment.spatial_distribution(z, **shape)
+        terms[f"entropy/{name}"] = alignment.normalised_entropy(p).mean()
+        terms[f"empty/{name}"] = alignment.empty_fraction(z)
     return total, jax.lax.stop_gradient(terms)
 
 

@@ -285,6 +285,21 @@ def test_degenerate_maps_have_finite_loss_and_gradient(rectify, distance):
         assert all(np.isfinite(g).all() for g in gradient)
 
 
+def test_maps_of_one_pixel_agree():
+    pixel = [jnp.full((2, 1, 1), value) for value in (3.0, -1.0)]
+    for distance in alignment.DISTANCES:
+
+        def loss(maps, distance=distance):
+            values = alignment.saliency_alignment(maps, grid=1, distance=distance)
+            return values.mean()
+
+        value, gradient = jax.value_and_grad(loss)(pixel)
+        assert np.isfinite(value) and not np.any(gradient)
+        assert distance == "pearson" or value == pytest.approx(0, abs=1e-6)
+    entropy = alignment.normalised_entropy(jnp.ones((2, 1)))
+    np.testing.assert_array_equal(entropy, 0)
+
+
 def test_a_map_with_nan_counts_as_empty():
     wave = jnp.asarray(SIGNED[0], jnp.float32)
     broken = wave.at[0, 2, 2].set(jnp.nan)

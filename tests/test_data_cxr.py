@@ -1,12 +1,18 @@
 """Chest X-rays: what becomes of the table, the masks, and a folder of three classes."""
 
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cxai_jax import data, evaluate
-from cxai_jax.data import cxr, pipeline, store
+from configs import cxr as cxr_config
+from cxai_jax import data, evaluate, setup
+from cxai_jax import mesh as meshes
+from cxai_jax.data import cxr, folder, pipeline, store
+from cxai_jax.data.records import Dataset, Records
 from tools import prepare_data
 
 HEADER = "filename,patientid,finding,view,lung_mask,license\n"
@@ -15,8 +21,8 @@ HEADER = "filename,patientid,finding,view,lung_mask,license\n"
 def make_source(root, patients=12):
     """Two images per patient; every patient's first image has a lung mask."""
     rng = np.random.default_rng(0)
-    for folder in ("images", "lung_masks"):
-        (root / folder).mkdir(parents=True)
+    for name in ("images", "lung_masks"):
+        (root / name).mkdir(parents=True)
     rows = []
     for p in range(patients):
         finding = ("COVID-19", "COVID-19, ARDS", "SARS", "No Finding")[p % 4]
@@ -133,6 +139,20 @@ def test_a_mask_of_another_size_is_named(tmp_path):
         store.build(cxr.plan_cxr(tmp_path / "source"), tmp_path / "data")
 
 
+def test_a_mask_term_is_refused_without_masks():
+    config = cxr_config.get_config("mask")
+    images = np.zeros((16, 8, 8, 1), np.uint8)
+    labels = np.arange(16, dtype=np.int32) % 2
+    names = labels.astype(str)
+    fit = Records(images, labels, 0 * labels, names, names)
+    dataset = Dataset("bare", {"train": fit, "val": fit}, ("a", "b"), ("",), 1, "", "")
+    run = SimpleNamespace(config=config, mesh=meshes.make_mesh(1), dataset=dataset)
+    with pytest.raises(ValueError, match="mask_weight=0.3 needs .* bare has none"):
+        setup.make_plan(run)
+    config.align.mask_weight = 0.0
+    assert setup.make_plan(run).steps_per_epoch == 2
+
+
 def test_the_shared_collection(shared):
     plan = cxr.plan_cxr(shared / "data" / "cxr")
     labels = np.array([source.label for source in plan.sources])
@@ -174,3 +194,61 @@ def test_a_folder_of_three_classes(tmp_path):
     hits = ((chosen == 0) & (test.labels == 0)).sum()
     f1 = 2 * hits / ((chosen == 0).sum() + (test.labels == 0).sum())
     assert scores["f1"] == pytest.approx(f1)
+
+
+def draw(path, shape=(30, 36), value=None):
+    """A picture of noise, or of one gray value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(len(path.as_posix()))
+    noise = rng.integers(0, 256, shape, np.uint8)
+    pixels = noise if value is None else np.full(shape, value, np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def test_split_folders_give_the_split(tmp_path):
+    for split, count in (("train", 3), ("Val", 1), ("test", 2)):
+        for name in ("Covid", "Normal", "Viral Pneumonia"):
+            for i in range(count):
+                draw(tmp_path / split / name / f"{i}.png")
+    plan = folder.plan_folder(tmp_path)
+    assert plan.class_names == ("Covid", "Normal", "Viral Pneumonia")
+    assert plan.positive == 0 and plan.split_scheme == "given (folders)"
+    assert {s.name: (s.split, s.label) for s in plan.sources} == {
+        f"{given}/{name}/{i}.png": (split, label)
+        for given, split, count in (
+            ("train", "train", 3),
+            ("Val", "val", 1),
+            ("test", "test", 2),
+        )
+        for label, name in enumerate(plan.class_names)
+        for i in range(count)
+    }
+    (tmp_path / "valid" / "Covid").mkdir(parents=True)
+    with pytest.raises(ValueError, match="Val, test, train, valid: two are one split"):
+        folder.plan_folder(tmp_path)
+    shutil.rmtree(tmp_path / "valid")
+    shutil.rmtree(tmp_path / "test" / "Normal")
+    with pytest.raises(FileNotFoundError, match="Normal: no such folder"):
+        folder.plan_folder(tmp_path)
+
+
+def test_images_and_masks_inside_the_class_folders(tmp_path):
+    for name in ("COVID", "Normal"):
+        for i in range(4):
+            draw(tmp_path / "s" / name / "images" / f"{name}-{i}.png")
+            # Scaled down, as in the COVID-19 Radiography Database.
+            draw(tmp_path / "s" / name / "masks" / f"{name}-{i}.png", (25, 30), 255)
+    (tmp_path / "s" / "COVID" / "masks" / "COVID-0.png").unlink()
+    store.build(folder.plan_folder(tmp_path / "s", "rx"), tmp_path / "d")
+    dataset = data.load(settings(tmp_path / "d", name="folder:rx"))
+    assert dataset.class_names == ("COVID", "Normal")
+    for records in dataset.splits.values():
+        for i, name in enumerate(records.names):
+            image, mask = records.images[i], records.lung_masks[i]
+            if name == "COVID/images/COVID-0.png":
+                assert mask is None
+            else:
+                assert mask.shape == image.shape[:2] and mask.all()
+    draw(tmp_path / "s" / "Normal" / "masks" / "Normal-1.png", (30, 30), 255)
+    with pytest.raises(ValueError, match="30 x 30 pixels .* 30 x 36: another aspect"):
+        store.build(folder.plan_folder(tmp_path / "s"), tmp_path / "d")

@@ -222,6 +222,7 @@ def pair_of_runs(shift):
         "predicted": np.where(random.random(80) < 0.8, labels, 1 - labels),
         "predicted_pasted": labels,
         "agreement": random.normal(size=80),
+        "spearman/cam~gradcam_lower": random.normal(size=80),
         "entropy/cam": random.random(80),
         "empty/cam": np.zeros(80),
     }
@@ -255,6 +256,7 @@ def test_a_run_does_not_differ_from_itself():
 
 def test_a_constant_gain_has_a_narrow_interval():
     table = alignment.compare([pair_of_runs({"agreement": 0.3})] * 2)
+    assert table["agreement"]["seeds"] == pytest.approx([0.3, 0.3])
     assert table["agreement"]["difference"] == pytest.approx(0.3)
     assert table["agreement"]["low"] == pytest.approx(0.3)
     # Images are paired, so the spread between images does not enter.
@@ -269,6 +271,11 @@ def test_a_constant_gain_has_a_narrow_interval():
         ({"agreement": 0.2, "entropy/cam": 0.1}, "collapse: .* entropy/cam"),
         ({"agreement": 0.2, "empty/cam": 1.0}, "collapse: .* empty/cam"),
         ({"entropy/cam": 0.1}, "did not rise"),
+        ({"spearman/cam~gradcam_lower": 0.2}, "^spearman/.* rose without collapse"),
+        (  # The pairs that no loss trains hold the mean down.
+            {"spearman/cam~gradcam_lower": 0.2, "agreement": -0.1, "entropy/cam": 0.1},
+            "collapse: spearman/cam~gradcam_lower rose .* entropy/cam",
+        ),
     ],
 )
 def test_the_gate_names_collapse(shift, expected):

@@ -2,17 +2,20 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 from os import fdopen, pipe
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from cxai_jax import evaluate, report
+from cxai_jax import evaluate, explain, report
 from cxai_jax.data.records import Dataset, Records
 
 NASTY = "<img src=x onerror=alert(1)>&\"'.png"
@@ -104,6 +107,42 @@ def finished():
 @pytest.fixture(scope="module")
 def run_page(finished):
     return report.run_report(*finished, [{"step": 5, "loss": 1.0}])
+
+
+def test_maps_lie_side_by_side_with_their_agreement(finished):
+    results, predictions, records = finished
+    random, rows = np.random.default_rng(2), [3, 23, 5]
+    pattern = random.normal(size=(3, 2, 2))
+    pattern[2] = -1.0  # No evidence anywhere.
+    zoom = {"cam": 1, "occlusion": 1, "gradcam_lower": 2, "input_gradient": 8}
+    found = {n: pattern.repeat(k, 1).repeat(k, 2) for n, k in zoom.items()}
+    found["input_gradient"][1] *= -1
+    found |= {name: np.zeros(3) for name in ("deletion", "insertion")}
+    summary = explain.summarise(explain.measure(found))
+    found |= {
+        "names": records.names[rows],
+        "labels": records.labels[rows],
+        "probs": predictions["probs"][rows, 0],
+    }
+    page = report.run_report(
+        results | {"explanations": summary}, predictions, records, [], found
+    )
+    section = page[page.index("Do the explanations agree?") :]
+    section = section[: section.index("</section>")]
+    captions = re.findall("<figcaption>(.*?)</figcaption>", section)
+    assert [c.split(". ")[0] for c in captions] == [
+        "agreement -0.33",  # One of three pairs is equal, two are opposite.
+        "agreement +1.00",
+        "no agreement defined: a map is flat",
+    ]
+    assert not holds(section, NASTY) and holds(captions[0], escape(NASTY))
+    pictures = re.findall('image/jpeg;base64,([^"]*)', section)
+    assert len(pictures) == 3
+    panel = Image.open(io.BytesIO(base64.b64decode(pictures[0])))
+    assert panel.width > 4 * panel.height  # The image and three maps.
+    cells = re.findall('<th scope="row">CAM</th>(.*?)</tr>', section)[0]
+    assert re.findall(">([\\d.]+)</td>", cells)[1] == "0.33"  # Empty.
+    assert not holds(section, "lungs")
 
 
 def prediction_page(rows=3, errors=()):

@@ -4,6 +4,10 @@ Beside the class folders may lie `splits.csv` (columns file,split) and `patients
 (columns file,patient); file is `class_name/name.png`, or `name.png` if that is unique.
 Without splits.csv the split is drawn here: patient-disjoint where patients are given,
 else image-level, and labelled so.
+
+Two other layouts of public collections (Normal, Pneumonia, COVID) are read as they
+are: `train|val|test/class_name/*`, which gives the split, and `class_name/images/*`
+with lung masks of the same names in `class_name/masks/`.
 """
 
 import re
@@ -16,6 +20,9 @@ from ml_collections import ConfigDict
 from cxai_jax.data import splits, store
 from cxai_jax.data.records import SPLITS, Dataset
 from cxai_jax.data.store import Plan, Source
+
+# Names of split folders, in lower case.
+SPLIT_FOLDERS = {name: name for name in SPLITS} | {"valid": "val", "validation": "val"}
 
 
 def load(data_config: ConfigDict) -> Dataset:
@@ -40,15 +47,24 @@ def plan_folder(source: str | Path, name: str = "folder") -> Plan:
         or an image that splits.csv does not list.
     """
     source = Path(source)
-    class_names = _class_folders(source)
-    files = [file for c in class_names for file in store.class_files(source, c)]
+    roots = _split_folders(source) or {"": source}
+    class_names = sorted({c for root in roots.values() for c in _class_folders(root)})
+    found = [
+        (file, label, split)
+        for split, root in roots.items()
+        for label, c in enumerate(class_names)
+        for file in store.class_files(*_images_of(root / c))
+    ]
+    files, labels, folder_splits = zip(*found, strict=True)
+    labels = np.array(labels)
     names = [file.relative_to(source).as_posix() for file in files]
-    labels = np.array([class_names.index(file.parent.name) for file in files])
     patients = _column(source / "patients.csv", "patient", names) or {}
     given = _column(source / "splits.csv", "split", names)
     ids = [patients.get(n, "") for n in names]
     if given is not None:
         scheme, chosen = "given (splits.csv)", _listed(source, given, names)
+    elif "" not in roots:
+        scheme, chosen = "given (folders)", folder_splits
     elif any(ids):
         scheme, chosen = "patient-disjoint", splits.patient_disjoint(ids, labels)
     else:
@@ -61,11 +77,14 @@ def plan_folder(source: str | Path, name: str = "folder") -> Plan:
         class_names=tuple(class_names),
         site_names=(name,),
         positive=positive_class(class_names),
-        sources=[Source(f, n, int(y), str(s), p) for f, n, y, s, p in rows],
+        sources=[
+            Source(f, n, int(y), str(s), p, lung_mask=_mask_of(f))
+            for f, n, y, s, p in rows
+        ],
         left_out=[
             (file.relative_to(source).as_posix(), "not an image by its suffix")
-            for c in class_names
-            for file in sorted((source / c).iterdir())
+            for folder in dict.fromkeys(file.parent for file in files)
+            for file in sorted(folder.iterdir())
             if not store.is_image(file)
         ],
     )
@@ -77,6 +96,32 @@ def positive_class(class_names: Sequence[str]) -> int:
         if re.search("covid|positive", name.lower()) and "non" not in name.lower():
             return i
     return len(class_names) - 1
+
+
+def _split_folders(source: Path) -> dict[str, Path]:
+    """Split -> folder of a `train|val|test/class_name` tree; {} for any other."""
+    if not source.is_dir():
+        return {}
+    folders = [f for f in sorted(source.iterdir()) if f.is_dir()]
+    splits_ = {SPLIT_FOLDERS.get(f.name.lower(), ""): f for f in folders}
+    holds_folders = all(any(g.is_dir() for g in f.iterdir()) for f in folders)
+    if "train" not in splits_ or "" in splits_ or not holds_folders:
+        return {}
+    if len(splits_) < len(folders):
+        names = ", ".join(f.name for f in folders)
+        raise ValueError(f"{source} holds the folders {names}: two are one split")
+    return splits_
+
+
+def _images_of(folder: Path) -> tuple[Path, str]:
+    """Where a class keeps its images: the folder itself, or `images` in it."""
+    inner = folder / "images"
+    return (folder, "images") if inner.is_dir() else (folder.parent, folder.name)
+
+
+def _mask_of(file: Path) -> Path | None:
+    mask = file.parents[1] / "masks" / file.name
+    return mask if file.parent.name == "images" and mask.is_file() else None
 
 
 def _class_folders(source: Path) -> list[str]:
@@ -97,6 +142,7 @@ def _class_folders(source: Path) -> list[str]:
         for name in folders
         if any(inner.is_dir() for inner in (source / name).iterdir())
         and not any(store.is_image(file) for file in (source / name).iterdir())
+        and not (source / name / "images").is_dir()
     ]
     if deeper:
         raise ValueError(

@@ -41,7 +41,7 @@ class Source:
     split: str
     patient: str = ""
     site: int = 0
-    lung_mask: Path | None = None  # Image of the same size, not 0 inside.
+    lung_mask: Path | None = None  # Image of the same aspect, not 0 inside.
 
 
 @dataclass(frozen=True)
@@ -355,12 +355,12 @@ def _encode(source: Source, with_mask: bool) -> tuple | ValueError:
     try:
         data = source.file.read_bytes()
         gray = transforms.decode_gray(data, str(source.file))
-        mask = _encode_mask(source, gray.shape) if with_mask else None
+        stored = transforms.short_side(gray, SHORT_SIDE)
+        mask = _encode_mask(source, gray, stored) if with_mask else None
     except OSError as error:
         return ValueError(f"{error.filename}: cannot be read ({error.strerror})")
     except ValueError as error:
         return error
-    stored = transforms.short_side(gray, SHORT_SIDE)
     example = {
         "image": io.BytesIO(transforms.encode_png(stored)),
         "label": source.label,
@@ -378,19 +378,19 @@ def _encode(source: Source, with_mask: bool) -> tuple | ValueError:
     )
 
 
-def _encode_mask(source: Source, shape: tuple[int, ...]) -> bytes:
+def _encode_mask(source: Source, image: np.ndarray, stored: np.ndarray) -> bytes:
     if source.lung_mask is None:
         return b""
     mask = transforms.open_gray(source.lung_mask)
-    if mask.shape != shape:
+    inside = np.where(mask > 0, 255, 0).astype(np.uint8)
+    scaled = transforms.short_side(inside, SHORT_SIDE)
+    if scaled.shape != stored.shape:
         raise ValueError(
             f"{source.lung_mask} has {mask.shape[0]} x {mask.shape[1]} pixels but its "
-            f"image {source.file} has {shape[0]} x {shape[1]}; draw the mask on the "
-            "image"
+            f"image {source.file} has {image.shape[0]} x {image.shape[1]}: another "
+            "aspect; draw the mask on the image"
         )
-    return transforms.encode_png(
-        transforms.short_side(np.where(mask > 0, 255, 0).astype(np.uint8), SHORT_SIDE)
-    )
+    return transforms.encode_png(scaled)
 
 
 def _decode(record: dict) -> np.ndarray:
