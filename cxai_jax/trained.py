@@ -1,5 +1,6 @@
 """A finished run, loaded from its workdir without its data, and put to use."""
 
+import functools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +99,12 @@ class Predictor:
         self._early = bool(config.tta.k) and config.tta.early_exit
         make = steps.make_first_look if self._early else steps.make_predict_step
         self._look = jax.jit(make(trained.model, trained.scale, config.tta))
-        self._forward = jax.jit(steps.make_vote_forward(trained.model))
+        crops = steps.prefix_crops(trained.model, config.data.image_size, config.tta)
+        if crops:  # The carried maps are replaced call by call: donated.
+            votes = steps.make_next_votes(trained.model, crops)
+            self._forward = jax.jit(votes, donate_argnums=2)
+        else:
+            self._forward = jax.jit(steps.make_vote_forward(trained.model))
 
     def __call__(self, images: np.ndarray) -> Predicted:
         """Predicts uint8 [B, S, S, 1] of at most `batch_size` images."""
@@ -112,7 +118,7 @@ class Predictor:
         after, opposing, cast, saved = before, None, None, 0
         if self._early:
             votes = tta.vote_early(
-                lambda masked: self._forward(self._variables, masked),
+                functools.partial(self._forward, self._variables),
                 seen["images"][:number],
                 seen["cells"][:number],
                 first,
@@ -120,6 +126,7 @@ class Predictor:
                 grid=self._grid,
                 fill=tta_config.fill,
                 chunk=tta_config.chunk,
+                carried=seen["prefix"][:number] if "prefix" in seen else None,
             )
             after, opposing, cast, saved = (
                 votes.labels,
