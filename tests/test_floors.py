@@ -10,7 +10,17 @@ PACKAGE = Path(__file__).parents[1] / "cxai_jax"
 # Modules of one floor do not import each other, except where a line says so.
 FLOORS = [
     {"types"},
-    {"grid", "reuse", "metrics", "optimizer", "mesh", "checkpoint", "writer", "augment"}
+    {
+        "grid",
+        "reuse",
+        "executables",
+        "metrics",
+        "optimizer",
+        "mesh",
+        "checkpoint",
+        "writer",
+        "augment",
+    }
     | {"roofline"},
     {"cam", "losses", "alignment", "tta", "explanation_metrics", "config"}
     | {"calibration", "figures", "models.lowering", "data.transforms"}
