@@ -19,6 +19,8 @@ FREE_FIELDS = (
     "train.checkpoint_every_epochs",
     "train.keep_checkpoints",
 )
+# Fields that older runs lack, and the value with which they behave as they did.
+ADDED_FIELDS = {"tta.prefix_reuse": "off"}
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -111,4 +113,8 @@ def read_config(workdir: Path) -> ConfigDict:
             f"{path} does not exist: {workdir} is not the workdir of a run; train one "
             "with python -m cxai_jax.main --config=... --workdir=..."
         )
-    return ConfigDict(json.loads(path.read_text()))
+    config = json.loads(path.read_text())
+    for name, value in ADDED_FIELDS.items():
+        group, _, field = name.partition(".")
+        config[group].setdefault(field, value)
+    return ConfigDict(config)

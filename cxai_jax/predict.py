@@ -94,7 +94,8 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
       All rows, and the signal that stopped it or 0.
     """
     size, out = model.config.data.image_size, given.out
-    predictor = trained.Predictor(model, make_mesh())
+    programs = given.workdir / "executables"
+    predictor = trained.Predictor(model, make_mesh(), programs)
     done = {row["file"] for row in rows}
     table = prediction_table.Table(out / "predictions.csv", model.class_names, rows)
 

@@ -1,6 +1,7 @@
 """What a run is made of, before its first step: data, network, optimiser, plan."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,13 +33,18 @@ class Network:
     pretrained: dict  # What was loaded; {} when training starts from scratch.
 
 
-def build_network(config, num_classes: int) -> Network:
-    """Builds the model of a config and fills in pretrained weights where named."""
+def build_network(config, num_classes: int, *, abstract: bool = False) -> Network:
+    """Builds the model of a config and fills in pretrained weights where named.
+
+    With `abstract` the variables are shapes only, for weights that follow.
+    """
     model = models.build(config.model, num_classes)
     size = config.data.image_size
     images = jnp.zeros((1, size, size, 3))
-    variables = jax.jit(lambda key: model.init(key, images, "eval"))(
-        jax.random.key(config.seed)
+    initialise = functools.partial(model.init, x=images, mode="eval")
+    key = jax.random.key(config.seed)
+    variables = (
+        jax.eval_shape(initialise, key) if abstract else jax.jit(initialise)(key)
     )
     summary = {}
     if config.model.pretrained:

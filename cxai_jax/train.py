@@ -98,6 +98,7 @@ def loop(run, writer, advance, state, step, total_steps, steps_per_epoch, reside
     }
     timer = Timer(total_steps, step, config.batch_size)
     pending, waiting, begun = [], 0.0, time.monotonic()
+    blocked = 0.0  # Seconds in which the host waited for the devices instead.
     with StopSignal() as stop:
         while step < total_steps:
             state, metrics, waited = advance(state)
@@ -110,6 +111,9 @@ def loop(run, writer, advance, state, step, total_steps, steps_per_epoch, reside
                 for name, period in periods.items()
             }
             if due["log"]:
+                asked_at = time.monotonic()
+                jax.block_until_ready(pending)
+                blocked += time.monotonic() - asked_at
                 log(writer, timer, pending, step, total_steps, steps_per_epoch)
                 pending = []
             if due["score"] and (periods["score"] or config.selection == "best_val"):
@@ -122,10 +126,12 @@ def loop(run, writer, advance, state, step, total_steps, steps_per_epoch, reside
                 writer.close()
                 print(f"stopped at step {step}; the same command continues", flush=True)
                 sys.exit(128 + signal.SIGTERM)
-    share = waiting / max(time.monotonic() - begun, 1e-9)
+    # A host that runs ahead waits for images while the devices are busy, and makes up
+    # for it at the next log step.
+    share = (waiting - blocked) / max(time.monotonic() - begun, 1e-9)
     if share > 0.2 and residency == "host":
         logging.warning(
-            "host-bound: the devices waited for images %.0f %% of the time; set "
+            "host-bound: %.0f %% of the time went into waiting for images; set "
             "config.data.residency=device if the data fit",
             100 * share,
         )

@@ -1,5 +1,6 @@
 """A finished run, loaded from its workdir without its data, and put to use."""
 
+import functools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from cxai_jax import mesh as meshes
 from cxai_jax import setup, steps, tta
 from cxai_jax.checkpoint import Checkpoints
 from cxai_jax.config import read_config
+from cxai_jax.executables import Executables
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.types import PyTree
 
@@ -48,9 +50,11 @@ def load(workdir: Path) -> Trained:
     # The checkpoint replaces pretrained weights, so they need not be found again.
     fresh = config.copy_and_resolve_references()
     fresh.model.pretrained = ""
-    network = setup.build_network(fresh, len(data["class_names"]))
+    network = setup.build_network(fresh, len(data["class_names"]), abstract=True)
     optimizer = make_optimizer(config.optim, 1, setup.learning_rate_groups(config))
-    template = steps.create_state(network.variables, optimizer)
+    template = jax.eval_shape(
+        lambda variables: steps.create_state(variables, optimizer), network.variables
+    )
     kind = "best" if config.train.selection == "best_val" else "latest"
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
     restored = checkpoints.restore(kind, template)
@@ -87,18 +91,27 @@ class Predictor:
     """A trained model with test-time voting as its config's `tta` says.
 
     With `tta.early_exit` an image leaves the voting once its label cannot change.
+    Given a folder, the compiled programs are kept there (executables.py).
     """
 
-    def __init__(self, trained: Trained, mesh: Mesh):
-        config = trained.config
+    def __init__(self, trained: Trained, mesh: Mesh, folder: Path | None = None):
+        config, jit = trained.config, jax.jit
+        if folder:
+            names = trained.class_names
+            jit = Executables(folder, config=config.to_json(), classes=names).jit
         self.batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
         self._tta, self._mesh = config.tta, mesh
         self._grid = config.data.image_size // config.tta.patch
         self._variables = meshes.put_replicated(trained.variables, mesh)
         self._early = bool(config.tta.k) and config.tta.early_exit
         make = steps.make_first_look if self._early else steps.make_predict_step
-        self._look = jax.jit(make(trained.model, trained.scale, config.tta))
-        self._forward = jax.jit(steps.make_vote_forward(trained.model))
+        self._look = jit(make(trained.model, trained.scale, config.tta))
+        crops = steps.prefix_crops(trained.model, config.data.image_size, config.tta)
+        if crops:  # The carried maps are replaced call by call: donated.
+            votes = steps.make_next_votes(trained.model, crops)
+            self._forward = jit(votes, donate_argnums=2)
+        else:
+            self._forward = jit(steps.make_vote_forward(trained.model))
 
     def __call__(self, images: np.ndarray) -> Predicted:
         """Predicts uint8 [B, S, S, 1] of at most `batch_size` images."""
@@ -112,7 +125,7 @@ class Predictor:
         after, opposing, cast, saved = before, None, None, 0
         if self._early:
             votes = tta.vote_early(
-                lambda masked: self._forward(self._variables, masked),
+                functools.partial(self._forward, self._variables),
                 seen["images"][:number],
                 seen["cells"][:number],
                 first,
@@ -120,6 +133,7 @@ class Predictor:
                 grid=self._grid,
                 fill=tta_config.fill,
                 chunk=tta_config.chunk,
+                carried=seen["prefix"][:number] if "prefix" in seen else None,
             )
             after, opposing, cast, saved = (
                 votes.labels,

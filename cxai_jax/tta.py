@@ -7,6 +7,7 @@ majority of k (A13; the published code counts k + 1), the image's minimum as fil
 (A14), a rule for more than two classes (A15), ties to the lowest cell (A17).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cxai_jax.grid import apply_separable, window_sum_matrix
+from cxai_jax.reuse import Crops, nested_maps
 from cxai_jax.types import Array
 
 FILLS = ("min", "zero", "mean")
@@ -26,6 +28,23 @@ class Votes(NamedTuple):
     labels: Array  # int32 [B], after voting
     original: Array  # int32 [B], before: argmax of the unmasked image
     opposing: Array  # int32 [B], votes that did not support the original label
+
+
+class Masks(NamedTuple):
+    """Images and the order in which their cells are masked."""
+
+    images: Array  # normalised [B, H, W, C]
+    cells: Array  # int [B, k], best first
+    order: Array  # int32 [B, grid, grid], from `mask_order`
+    value: Array  # [B], what masked pixels become
+
+
+class Reuse(NamedTuple):
+    """A network in two parts, of which the first runs on crops alone (reuse.py)."""
+
+    prefix: Callable[[Array], Array]  # images [N, s, s, C] -> maps [N, s', s', D]
+    suffix: Callable[[Array], Array]  # maps of whole images -> probabilities [N, K]
+    crops: Crops
 
 
 class EarlyVotes(NamedTuple):
@@ -96,6 +115,11 @@ def masked_images(
     )
 
 
+def plan_masks(images: Array, cells: Array, *, grid: int, fill: str) -> Masks:
+    """What `mask_cells` needs; the arguments are those of `masked_images`."""
+    return Masks(images, cells, mask_order(cells, grid), fill_value(images, fill))
+
+
 def mask_order(cells: Array, grid: int) -> Array:
     """When each cell is masked, k if never: int [B, k] -> int32 [B, grid, grid]."""
     batch, k = cells.shape
@@ -154,6 +178,7 @@ def masked_probs(
     grid: int = 28,
     fill: str = "min",
     chunk: int = 64,
+    reuse: tuple[Reuse, Array] | None = None,
 ) -> Array:
     """Runs all k masked variants, a bounded number of images at a time.
 
@@ -170,26 +195,70 @@ def masked_probs(
       fill: see `masked_images`.
       chunk: images per forward pass, variants counted; at least one mask of the whole
         batch is run at once, so the bound is max(chunk, B).
+      reuse: the same network in two parts and its `prefix` maps of the unmasked images;
+        `forward` is not called then. The maps of a whole chunk are held at once.
 
     Returns:
       p_0 .. p_k, float32 [B, k+1, K].
     """
     batch, k = cells.shape
-    order, value = mask_order(cells, grid), fill_value(images, fill)
+    masks = plan_masks(images, cells, grid=grid, fill=fill)
+    split, carried = reuse or (None, None)
     rounds = -(-k // max(1, chunk // batch))
     per_round = -(-k // rounds)  # Evenly, so that the last round wastes least.
     counts = jnp.minimum(jnp.arange(rounds * per_round) + 1, k)
 
-    def run(counts):
+    def run(carried, counts):
+        if split:
+            return next_votes(split, masks, carried, counts)
         masked = jax.vmap(
-            lambda count: mask_cells(images, order, count, value), out_axes=1
+            lambda count: mask_cells(images, masks.order, count, masks.value),
+            out_axes=1,
         )(counts)
         probs = forward(masked.reshape(batch * per_round, *images.shape[1:]))
-        return probs.astype(jnp.float32).reshape(batch, per_round, -1)
+        return carried, probs.astype(jnp.float32).reshape(batch, per_round, -1)
 
-    probs = jax.lax.map(run, counts.reshape(rounds, per_round))
+    _, probs = jax.lax.scan(run, carried, counts.reshape(rounds, per_round))
     probs = jnp.moveaxis(probs, 0, 1).reshape(batch, rounds * per_round, -1)[:, :k]
     return jnp.concatenate([first.astype(jnp.float32)[:, None], probs], axis=1)
+
+
+def next_votes(
+    split: Reuse, masks: Masks, carried: Array, counts: Array
+) -> tuple[Array, Array]:
+    """Runs consecutive variants of every image from the `prefix` map before them.
+
+    Args:
+      split: the network.
+      masks: of B images.
+      carried: maps [B, h, h, D] of the variants with one cell less than counts[0].
+      counts: masked cells of each variant, int [m], 1 or more.
+
+    Returns:
+      Maps of the last variant [B, h, h, D], probabilities float32 [B, m, K].
+    """
+    maps = nested_maps(
+        split.prefix,
+        split.crops,
+        carried,
+        masks.images,
+        masks.cells[:, counts - 1],
+        masks.order,
+        masks.value,
+        counts,
+    )
+    batch, number = maps.shape[:2]
+    probs = split.suffix(maps.reshape(batch * number, *maps.shape[2:]))
+    return maps[:, -1], probs.astype(jnp.float32).reshape(batch, number, -1)
+
+
+def next_votes_of(
+    split: Reuse, masks: Masks, carried: Array, rows: Array, counts: Array
+) -> tuple[Array, Array]:
+    """`next_votes` of the chosen images, int [N], of a batch; see `vote_early`."""
+    own = jax.tree.map(lambda x: x[rows], masks)
+    last, probs = next_votes(split, own, carried[rows], counts)
+    return carried.at[rows].set(last), probs
 
 
 def opposes(probs: Array, original: Array, *, theta: float) -> Array:
@@ -285,7 +354,7 @@ def decided(
 
 
 def vote_early(
-    forward: Callable[[Array], Array],
+    forward: Callable,
     images: Array,
     cells: Array,
     first: Array,
@@ -295,6 +364,7 @@ def vote_early(
     fill: str = "min",
     chunk: int = 64,
     step: int = 4,
+    carried: Array | None = None,
 ) -> EarlyVotes:
     """Votes until each image's label is certain; labels equal those of the full pass.
 
@@ -306,7 +376,8 @@ def vote_early(
     Args:
       forward: jitted; images [N, H, W, C] -> probabilities [N, K], for any N <= chunk.
         It must give an image the same probabilities in any batch (eval mode does, up
-        to float rounding at the threshold).
+        to float rounding at the threshold). With `carried` it is `next_votes_of`
+        behind its first argument, which may donate `carried`.
       images: normalised [B, H, W, C].
       cells: int [B, k], from `rank_cells`.
       first: probabilities of the unmasked images [B, K].
@@ -315,12 +386,18 @@ def vote_early(
       fill: see `masked_images`.
       chunk: images per forward pass.
       step: masks per image and round after the first.
+      carried: to reuse a network's first layers, their maps of the images [B, h, h, D];
+        they are kept up to date for the whole batch.
 
     Returns:
       EarlyVotes; its `opposing` counts only the votes cast.
     """
     (batch, k), classes = cells.shape, first.shape[1]
-    order, value = mask_order(cells, grid), fill_value(images, fill)
+    masks = plan_masks(images, cells, grid=grid, fill=fill)
+    if carried is None:
+        run = functools.partial(_run_packed, forward, masks, chunk)
+    else:
+        run = _NestedRuns(forward, masks, chunk, carried)
     first = np.asarray(first, np.float32)
     original = first.argmax(-1).astype(np.int32)
     votes = np.zeros((batch, k, classes), np.float32)
@@ -329,17 +406,7 @@ def vote_early(
     undecided, begin, forwards = np.arange(batch), 0, 0
     while undecided.size and begin < k:
         end = min(k, begin + step) if begin else (k + 1) // 2
-        rows = np.repeat(undecided, end - begin)
-        masks = np.tile(np.arange(begin, end), undecided.size)
-        for start in range(0, rows.size, chunk):
-            row, mask = rows[start : start + chunk], masks[start : start + chunk]
-            room = min(chunk, 1 << (row.size - 1).bit_length())
-            filler = (0, room - row.size)
-            variants = masked_rows(
-                images, order, value, np.pad(row, filler), np.pad(mask, filler) + 1
-            )
-            votes[row, mask] = np.asarray(forward(variants))[: row.size]
-            forwards += room
+        forwards += run(votes, undecided, begin, end)
         begin = cast[undecided] = end
         was_cast = np.arange(k) < cast[:, None]
         against = np.asarray(opposes(votes, original, theta=theta)) & was_cast
@@ -357,9 +424,54 @@ def vote_early(
     )
 
 
+def _run_packed(
+    forward: Callable, masks: Masks, chunk: int, votes, rows, begin: int, end: int
+) -> int:
+    """Fills votes[rows, begin:end], images and masks packed; returns forward passes."""
+    forwards, turns = 0, np.tile(np.arange(begin, end), rows.size)
+    rows = np.repeat(rows, end - begin)
+    for start in range(0, rows.size, chunk):
+        row, turn = rows[start : start + chunk], turns[start : start + chunk]
+        room = min(chunk, _power_of_two(row.size))
+        filler = (0, room - row.size)
+        variants = masked_rows(masks, np.pad(row, filler), np.pad(turn, filler) + 1)
+        votes[row, turn] = np.asarray(forward(variants))[: row.size]
+        forwards += room
+    return forwards
+
+
+class _NestedRuns:
+    """As `_run_packed`; an image's masks stay together, each builds on the last."""
+
+    def __init__(self, forward: Callable, masks: Masks, chunk: int, carried: Array):
+        self.forward, self.masks, self.chunk = forward, masks, chunk
+        self.carried = carried
+
+    def __call__(self, votes, rows, begin: int, end: int) -> int:
+        forwards = 0
+        for turn in range(begin, end, self.chunk):  # One turn, unless chunk is tiny.
+            turns = np.arange(turn, min(end, turn + self.chunk))
+            most = self.chunk // turns.size
+            for start in range(0, rows.size, most):
+                row = rows[start : start + most]
+                room = min(most, _power_of_two(row.size))
+                # Filled with the last row itself: it is written twice, the same.
+                filled = np.pad(row, (0, room - row.size), mode="edge")
+                self.carried, probs = self.forward(
+                    self.masks, self.carried, filled, turns + 1
+                )
+                votes[row[:, None], turns] = np.asarray(probs)[: row.size]
+                forwards += room * turns.size
+        return forwards
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
 @jax.jit
-def masked_rows(
-    images: Array, order: Array, value: Array, rows: Array, counts: Array
-) -> Array:
+def masked_rows(masks: Masks, rows: Array, counts: Array) -> Array:
     """`mask_cells` for the chosen rows of a batch: rows and counts int [N]."""
-    return mask_cells(images[rows], order[rows], counts, value[rows])
+    images, order, value = (x[rows] for x in (masks.images, masks.order, masks.value))
+    return mask_cells(images, order, counts, value)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs import common
-from cxai_jax.config import check_overrides, flatten
+from cxai_jax.config import check_overrides, claim_workdir, flatten, read_config
 
 REPO = Path(__file__).parents[1]
 
@@ -63,3 +63,13 @@ def test_command_line_errors_are_one_line(tmp_path, arguments, words):
     assert "Traceback" not in run.stderr
     for word in words:
         assert word in message
+
+
+def test_a_run_from_before_a_field_reads_as_it_was(tmp_path):
+    config = common.get_config()
+    config.tta.theta = 0.3
+    del config.tta["prefix_reuse"]
+    claim_workdir(config, tmp_path)
+    read = read_config(tmp_path)
+    assert (read.tta.prefix_reuse, read.tta.theta) == ("off", 0.3)
+    claim_workdir(common.get_config(), tmp_path, write=False)  # May be continued.

@@ -15,6 +15,7 @@ from cxai_jax import cam, novelty, predict, steps, trained, tta
 from cxai_jax.augment import normalise
 from cxai_jax.data import inputs, transforms
 from cxai_jax.mesh import make_mesh
+from cxai_jax.models import tiny
 
 
 @pytest.fixture(scope="module")
@@ -304,3 +305,36 @@ def test_a_bad_window_is_refused(run, scans, tmp_path, text):
     with pytest.raises(SystemExit) as stopped:
         command(run, tmp_path, f"--images={scans}", f"--window={text}")
     assert stopped.value.code == 2
+
+
+@pytest.fixture
+def executables(run, tmp_path):
+    """Predicts two images with programs kept in a folder: (predict, folder)."""
+    images = np.random.default_rng(3).integers(0, 255, (2, 32, 32, 1), np.uint8)
+
+    def predict():
+        model = trained.load(run[0])
+        return trained.Predictor(model, make_mesh(), tmp_path / "programs")(images)
+
+    return predict, tmp_path / "programs"
+
+
+def test_stored_programs_are_neither_traced_nor_compiled(
+    executables, monkeypatch, caplog
+):
+    predict, folder = executables
+    calls, apply = [], tiny.Tiny.apply
+
+    def counted(self, *arguments, **options):
+        calls.append(arguments[1].shape)
+        return apply(self, *arguments, **options)
+
+    monkeypatch.setattr(tiny.Tiny, "apply", counted)
+    first, traced = predict(), len(calls)
+    assert traced >= 2, "the first look and the votes"
+    assert len(list(folder.iterdir())) == traced
+    second = predict()
+    assert len(calls) == traced
+    for name, value in first._asdict().items():
+        np.testing.assert_array_equal(getattr(second, name), value)
+    assert not caplog.records

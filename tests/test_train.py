@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -54,6 +55,39 @@ def test_a_run_leaves_everything(finished):
     assert results["data"]["leakage"]["verdict"]
     assert results["data"]["fingerprint"]
     assert results["time"]["donated_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("per_image", "per_step", "residency", "warned"),
+    [
+        (3.0, 1.0, "host", True),
+        (1.0, 3.0, "host", False),  # The host runs ahead, then waits for the device.
+        (3.0, 1.0, "device", False),
+    ],
+)
+def test_a_host_bound_run_says_so(
+    monkeypatch, caplog, per_image, per_step, residency, warned
+):
+    config = small(**{"train.log_every_steps": 5, "train.checkpoint_every_epochs": 0.0})
+    now, device_free = [0.0], [0.0]
+
+    def advance(state):
+        now[0] += per_image
+        device_free[0] = max(device_free[0], now[0]) + per_step
+        return state, {}, per_image
+
+    def wait(pending):
+        now[0] = max(now[0], device_free[0])
+
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train.jax, "block_until_ready", wait)
+    monkeypatch.setattr(train, "log", lambda *_: None)
+    checkpoints = SimpleNamespace(
+        preempted=lambda step: False, save=lambda *_: None, wait=lambda: None
+    )
+    run = SimpleNamespace(config=config, checkpoints=checkpoints, about=dict)
+    train.loop(run, None, advance, None, 0, 20, 10, residency)
+    assert ("host-bound" in caplog.text) == warned
 
 
 def test_resume_is_exact_to_the_bit(finished, tmp_path):

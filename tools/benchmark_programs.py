@@ -5,6 +5,7 @@ told about itself and a `run(calls)` that waits once, at the end.
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,11 +21,12 @@ from cxai_jax.augment import normalise
 from cxai_jax.data import pipeline
 from cxai_jax.data.records import Records
 from cxai_jax.optimizer import make_optimizer
-from cxai_jax.types import Batch
+from cxai_jax.types import Array, Batch
 
 CLASSES = 2
 ROTATION = 4  # Batches that take turns, so that no call repeats the one before.
 TOTAL_STEPS = 1000  # Only schedules read it.
+REUSE = "_reuse"
 OPPOSING = {"early_unanimous": 0.0, "early_5_percent": 0.05, "early_undecided": 0.5}
 
 # The step by what it does; everything else is configs/common.py. Unit vectors keep the
@@ -272,66 +274,103 @@ def tta_programs(
 
     Args:
       kinds: "all" runs every mask in one graph; a key of OPPOSING stops when the label
-        is certain, at a threshold that makes that share of the votes oppose.
+        is certain, at a threshold that makes that share of the votes oppose. Either
+        with "_reuse" at its end runs the first layers on crops.
       images: images voted on per call.
       size: pixels, side of the input.
       **fields: config fields by dotted name.
 
     Raises:
-      ValueError: for an unknown kind.
-      RuntimeError: if stopping early gives another label than all votes do.
+      ValueError: for an unknown kind, or reuse where it is impossible.
+      RuntimeError: if stopping early or reuse gives another label than all votes do.
     """
-    if unknown := set(kinds) - {"all", *OPPOSING}:
+    if unknown := {k.removesuffix(REUSE) for k in kinds} - {"all", *OPPOSING}:
         raise ValueError(f"unknown kinds {unknown}; known: all, {', '.join(OPPOSING)}")
     voting = {"tta.k": 31, "tta.patch": max(1, size // 28)}  # 8 pixels of 224.
-    config = make_config(**{"data.image_size": size, **voting, **fields})
-    model, variables, scale = build(config)
-    variables = jax.device_put(variables)
+    plain = Voting(size, {"data.image_size": size, **voting, **fields}, "off")
+    reuse = None
+    if any(kind.endswith(REUSE) for kind in kinds):
+        reuse = Voting(size, {"data.image_size": size, **voting, **fields}, "on")
     given = [
         jnp.asarray(synthetic_images(images, size, seed)[0]) for seed in range(ROTATION)
     ]
-    compiled, about = compile_timed(
-        steps.make_predict_step(model, scale, config.tta), variables, given[0]
-    )
-    probs = [np.asarray(compiled(variables, batch)["probs"]) for batch in given]
+    compiled, about = plain.compile(given[0])
+    probs = [np.asarray(compiled(batch)["probs"]) for batch in given]
+    thetas = {
+        kind: threshold(np.concatenate(probs), share)
+        for kind, share in OPPOSING.items()
+    }
 
-    def vote_all(number: int):
-        return compiled(variables, given[number])
+    def check(kind: str, number: int, labels: Array, theta: float) -> None:
+        expected = tta.vote(probs[number], theta=theta)
+        if (np.asarray(labels) != np.asarray(expected)).any():
+            raise RuntimeError(f"{kind}: a label differs from that of all votes")
 
-    look = jax.jit(steps.make_first_look(model, scale, config.tta))
-    forward = functools.partial(jax.jit(steps.make_vote_forward(model)), variables)
+    result = {}
+    for kind in kinds:
+        chosen = reuse if kind.endswith(REUSE) else plain
+        if kind.removesuffix(REUSE) == "all":
+            call, found = compiled, probs
+            if chosen is reuse:
+                call, about = reuse.compile(given[0])
+                found = [np.asarray(call(batch)["probs"]) for batch in given]
+            pairs = list(zip(found, probs, strict=True))
+            difference = max(float(np.abs(a - b).max()) for a, b in pairs)
+            for number, theta in itertools.product(range(ROTATION), thetas.values()):
+                check(kind, number, tta.vote(found[number], theta=theta), theta)
+            run = in_turn(lambda number, call=call: call(given[number]))
+            told = about | {"largest_difference": difference}
+            result[kind] = Program(run, images, told, chosen.hlo)
+            continue
+        theta, forwards = thetas[kind.removesuffix(REUSE)], []
+        for number, batch in enumerate(given):
+            votes = chosen.early(batch, theta=theta)
+            check(kind, number, votes.labels, theta)
+            forwards.append(1 + votes.forwards / images)
+        early = functools.partial(chosen.early, theta=theta)
+        run = in_turn(lambda number, early=early: early(given[number]))
+        told = {"forwards_per_image": float(np.mean(forwards))}
+        result[kind] = Program(run, images, told)
+    return result
 
-    def vote_early(number: int, *, theta: float):
-        seen = look(variables, given[number])
+
+class Voting:
+    """Both ways to vote, with the first layers of the network reused or not."""
+
+    def __init__(self, size: int, fields: dict, reuse: str):
+        config = make_config(**{**fields, "tta.prefix_reuse": reuse})
+        self.config, self.size, self.hlo = config.tta, size, ""
+        model, variables, scale = build(config)
+        self.variables = jax.device_put(variables)
+        self.predict = steps.make_predict_step(model, scale, config.tta)
+        self.look = jax.jit(steps.make_first_look(model, scale, config.tta))
+        if crops := steps.prefix_crops(model, size, config.tta):
+            votes = steps.make_next_votes(model, crops)
+            forward = jax.jit(votes, donate_argnums=2)
+        else:
+            forward = jax.jit(steps.make_vote_forward(model))
+        self.forward = functools.partial(forward, self.variables)
+
+    def compile(self, images) -> tuple:
+        """Every vote in one graph: (images -> outputs, about)."""
+        compiled, about = compile_timed(self.predict, self.variables, images)
+        self.hlo = compiled.as_text()
+        return functools.partial(compiled, self.variables), about
+
+    def early(self, images, *, theta: float) -> tta.EarlyVotes:
+        """Votes until the labels are certain."""
+        seen = self.look(self.variables, images)
         return tta.vote_early(
-            forward,
+            self.forward,
             seen["images"],
             seen["cells"],
             seen["probs"],
             theta=theta,
-            grid=size // config.tta.patch,
-            fill=config.tta.fill,
-            chunk=config.tta.chunk,
+            grid=self.size // self.config.patch,
+            fill=self.config.fill,
+            chunk=self.config.chunk,
+            carried=seen.get("prefix"),
         )
-
-    result = {}
-    for kind in kinds:
-        if kind == "all":
-            run = in_turn(vote_all)
-            result[kind] = Program(run, images, about, compiled.as_text())
-            continue
-        theta = threshold(np.concatenate(probs), OPPOSING[kind])
-        forwards = []
-        for number in range(ROTATION):
-            votes = vote_early(number, theta=theta)
-            if (votes.labels != np.asarray(tta.vote(probs[number], theta=theta))).any():
-                raise RuntimeError(f"{kind}: stopping early changed a label")
-            forwards.append(1 + votes.forwards / images)
-        run = in_turn(functools.partial(vote_early, theta=theta))
-        result[kind] = Program(
-            run, images, {"forwards_per_image": float(np.mean(forwards))}
-        )
-    return result
 
 
 def in_turn(call: Callable[[int], object]) -> Callable[[int], None]:

@@ -2,6 +2,10 @@
 
 A backbone builds its trunk in `setup`, calls `super().setup()` for the head, and states
 `lower` and `upper`. Pooling, logits and class maps are float32 throughout.
+
+One that can be entered behind its first layers, where a cell of the image reaches a
+small window only, splits `lower` into `prefix` and `suffix` and declares
+`prefix_windows` (reuse.py).
 """
 
 import functools
@@ -12,6 +16,7 @@ from flax import linen as nn
 from jax import lax
 
 from cxai_jax.models.lowering import Lowering
+from cxai_jax.reuse import Window
 from cxai_jax.types import Array, Mode, Outputs
 
 # Grey levels 0..255: what torchvision's ImageNet weights expect.
@@ -95,13 +100,32 @@ class Backbone(nn.Module):
         """A3 [B, 2h, 2w, D3] -> features [B, h, w, D]."""
         raise NotImplementedError
 
+    @nn.nowrap
+    def prefix_windows(self) -> tuple[Window, ...]:
+        """What the layers of `prefix` read; () for a backbone without that split."""
+        return ()
+
+    def prefix(self, x: Array, mode: Mode) -> Array:
+        """Normalised images [B, H, W, 3] -> the map that `suffix` starts from."""
+        raise NotImplementedError
+
+    def suffix(self, prefix: Array, mode: Mode) -> Array:
+        """The map of `prefix` -> A3: `lower` is `suffix(prefix(x))`."""
+        raise NotImplementedError
+
     def head(self, features: Array) -> Array:
         """Features [B, h, w, D] -> logits float32 [B, K]."""
         return self.top(features)[0]
 
     def __call__(self, x: Array, mode: Mode) -> tuple[Array, Outputs]:
         """Normalised images [B, H, W, 3] -> logits [B, K] and the maps on the way."""
-        lower = self.lower(x, mode)
+        return self._finish(self.lower(x, mode), mode)
+
+    def from_prefix(self, prefix: Array, mode: Mode) -> tuple[Array, Outputs]:
+        """As `__call__`, from the map of `prefix` on."""
+        return self._finish(self.suffix(prefix, mode), mode)
+
+    def _finish(self, lower: Array, mode: Mode) -> tuple[Array, Outputs]:
         features = self.upper(lower, mode)
         logits, class_maps = self.top(features)
         return logits, Outputs(lower, features, class_maps)

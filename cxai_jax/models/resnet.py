@@ -9,6 +9,7 @@ from flax import linen as nn
 from cxai_jax.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from cxai_jax.models.lowering import Lowering, max_pool
 from cxai_jax.models.norm import BatchNorm, ConvNorm
+from cxai_jax.reuse import Window
 from cxai_jax.types import Array, Mode
 
 MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
@@ -63,7 +64,8 @@ class Block(nn.Module):
 
 
 class ResNet(Backbone):
-    """ResNet of one of DEPTHS: stride 32; `lower` ends with layer3.
+    """ResNet of one of DEPTHS: stride 32; `prefix` is the stem and layer1, and `lower`
+    ends with layer3.
 
     Attributes:
       depths: blocks of the four layers.
@@ -104,11 +106,20 @@ class ResNet(Backbone):
             ]
 
     def lower(self, x: Array, mode: Mode) -> Array:
+        return self.suffix(self.prefix(x, mode), mode)
+
+    @nn.nowrap
+    def prefix_windows(self) -> tuple[Window, ...]:
+        convolutions = self.depths[0] * (1 if self.bottleneck else 2)
+        return (Window(7, 2, 3), Window(3, 2, 1), *[Window(3, 1, 1)] * convolutions)
+
+    def prefix(self, x: Array, mode: Mode) -> Array:
         x = nn.relu(self.stem(x, mode))
         x = max_pool(x, lowering=self.lowering)
-        for layer in (1, 2, 3):
-            x = self._layer(layer, x, mode)
-        return x
+        return self._layer(1, x, mode)
+
+    def suffix(self, prefix: Array, mode: Mode) -> Array:
+        return self._layer(3, self._layer(2, prefix, mode), mode)
 
     def upper(self, lower: Array, mode: Mode) -> Array:
         return self._layer(4, lower, mode)
