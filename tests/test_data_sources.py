@@ -281,6 +281,9 @@ def test_wrong_folder_levels(tmp_path, capsys):
     assert "holds images directly" in tell and "parent folder" in tell
     tell = fails(capsys, "--dataset=folder", f"--source={tmp_path / 'none'}", where)
     assert "none: no such folder" in tell
+    (tmp_path / "outer" / "__MACOSX").mkdir()  # Of a zip; no class.
+    tell = fails(capsys, "--dataset=folder", f"--source={tmp_path / 'outer'}", where)
+    assert f"did you mean --source={source}?" in tell
     (source / "empty").mkdir()
     tell = fails(capsys, "--dataset=folder", f"--source={source}", where)
     assert "empty holds no image" in tell
