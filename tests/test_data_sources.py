@@ -143,7 +143,9 @@ def test_joint_pools_the_sites_as_0_and_1(prepared):
 
 
 def test_unprepared_and_unknown_splits_say_what_there_is(prepared):
-    with pytest.raises(FileNotFoundError, match="prepared splits of site_a: blocked"):
+    with pytest.raises(
+        FileNotFoundError, match="of site_a: blocked.*--dataset=site_a --source"
+    ):
         data.load(config("site_a", prepared / "data", "random"))
     with pytest.raises(FileNotFoundError, match="prepare_data.py"):
         data.load(config("folder:none", prepared / "data"))
