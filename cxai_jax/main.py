@@ -47,6 +47,8 @@ def main(_) -> None:
         if MODE.value == "check":
             text = check.check(CONFIG.value, workdir)
         else:
+            if warning := check.unused_gpu():
+                logging.warning(warning)
             run = {"train": train.train, "eval": train.score}[MODE.value]
             text = report.summary(run(CONFIG.value, workdir))
             text += f"\nreport: {workdir / 'report.html'}"
