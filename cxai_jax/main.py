@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -34,6 +35,7 @@ EXPLAINED = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 
 def main(_) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for noisy in ("absl", "orbax", "jax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     name, _, rows = config_flags.get_config_filename(FLAGS["config"]).partition(":")
