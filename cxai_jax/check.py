@@ -62,11 +62,18 @@ def environment() -> Iterator[str]:
         f"({jax.default_backend()}), processes: {jax.process_count()}"
         + (f", {gigabytes(limit)} each" if limit else "")
     )
-    if jax.default_backend() == "cpu" and Path("/dev/nvidia0").exists():
-        yield (
-            "! there is an NVIDIA GPU but jax runs on the CPU; install its GPU build "
-            "with pip install -c constraints.txt -e '.[cuda]'"
-        )
+    if warning := unused_gpu():
+        yield f"! {warning}"
+
+
+def unused_gpu(device: Path = Path("/dev/nvidia0")) -> str:
+    """What to do where jax computes on the CPU beside an NVIDIA GPU; else ""."""
+    if jax.default_backend() != "cpu" or not device.exists():
+        return ""
+    return (
+        "there is an NVIDIA GPU but jax runs on the CPU; install its GPU build with "
+        "pip install -c constraints.txt -e '.[cuda]'"
+    )
 
 
 def describe_data(dataset: Dataset) -> Iterator[str]:

@@ -79,12 +79,16 @@ def check_overrides(arguments: list[str], config: ConfigDict) -> None:
 def claim_workdir(config: ConfigDict, workdir: Path, *, write: bool = True) -> None:
     """Writes workdir/config.json, or checks that a run found there has this config.
 
+    A start that failed before its first checkpoint is no run: its config may be mended
+    and started again in the same place.
+
     Raises:
       ValueError: if the workdir belongs to another config, naming the fields.
     """
     path = workdir / "config.json"
     now = json.loads(config.to_json())
-    if path.exists():
+    begun = any((workdir / "checkpoints").glob("*/*"))
+    if path.exists() and (begun or (workdir / "results.json").exists()):
         new, old = flatten(now), flatten(json.loads(path.read_text()))
         differing = [
             f"config.{name} is {new.get(name)!r} here and {old.get(name)!r} there"

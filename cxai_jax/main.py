@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -35,6 +36,7 @@ EXPLAINED = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 def main(_) -> None:
     host_memory.keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for noisy in ("absl", "orbax", "jax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     name, _, rows = config_flags.get_config_filename(FLAGS["config"]).partition(":")
@@ -48,6 +50,8 @@ def main(_) -> None:
         if MODE.value == "check":
             text = check.check(CONFIG.value, workdir)
         else:
+            if warning := check.unused_gpu():
+                logging.warning(warning)
             run = {"train": train.train, "eval": train.score}[MODE.value]
             text = report.summary(run(CONFIG.value, workdir))
             text += f"\nreport: {workdir / 'report.html'}"

@@ -119,6 +119,13 @@ def test_a_mistyped_command_line_is_explained(arguments, words):
         main.check_command_line(arguments)
 
 
+def test_an_unused_gpu_is_pointed_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(check.jax, "default_backend", lambda: "cpu")
+    assert check.unused_gpu(tmp_path / "nvidia0") == ""
+    (tmp_path / "nvidia0").touch()
+    assert "-e '.[cuda]'" in check.unused_gpu(tmp_path / "nvidia0")
+
+
 class Memory:
     argument_size_in_bytes = 2_000_000_000
     temp_size_in_bytes = 16_000_000_000

@@ -38,6 +38,19 @@ def test_unknown_override_names_the_known_fields():
         check_overrides(["--config.train.epoch=3"], config)
 
 
+def test_a_workdir_belongs_to_the_run_that_saved_there(tmp_path):
+    config = common.get_config()
+    claim_workdir(config, tmp_path)
+    config.model.name = "tiny"  # The first start failed: its config may be mended.
+    claim_workdir(config, tmp_path)
+    (tmp_path / "checkpoints" / "latest" / "7").mkdir(parents=True)
+    config.eval.batch_size = 5  # Leaves the training as it is.
+    claim_workdir(config, tmp_path)
+    config.seed = 3
+    with pytest.raises(ValueError, match="config.seed is 3 here and 0 there. Choose"):
+        claim_workdir(config, tmp_path)
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [

@@ -143,7 +143,9 @@ def test_joint_pools_the_sites_as_0_and_1(prepared):
 
 
 def test_unprepared_and_unknown_splits_say_what_there_is(prepared):
-    with pytest.raises(FileNotFoundError, match="prepared splits of site_a: blocked"):
+    with pytest.raises(
+        FileNotFoundError, match="of site_a: blocked.*--dataset=site_a --source"
+    ):
         data.load(config("site_a", prepared / "data", "random"))
     with pytest.raises(FileNotFoundError, match="prepare_data.py"):
         data.load(config("folder:none", prepared / "data"))
@@ -281,6 +283,9 @@ def test_wrong_folder_levels(tmp_path, capsys):
     assert "holds images directly" in tell and "parent folder" in tell
     tell = fails(capsys, "--dataset=folder", f"--source={tmp_path / 'none'}", where)
     assert "none: no such folder" in tell
+    (tmp_path / "outer" / "__MACOSX").mkdir()  # Of a zip; no class.
+    tell = fails(capsys, "--dataset=folder", f"--source={tmp_path / 'outer'}", where)
+    assert f"did you mean --source={source}?" in tell
     (source / "empty").mkdir()
     tell = fails(capsys, "--dataset=folder", f"--source={source}", where)
     assert "empty holds no image" in tell

@@ -39,6 +39,7 @@ def test_nothing_upgrades_jax(cells):
         if line.startswith(("%", "!")) and "install" in line
     ]
     assert shell
+    assert [line for line in shell if "{ROOT}[" in line]
     for line in shell:
         assert not {"-U", "--upgrade", "jax", "jaxlib", "libtpu"} & set(line.split())
 
@@ -64,6 +65,8 @@ def test_the_notebook_runs(cells, quick, tmp_path, capsys):
         source = source.replace('Path("runs/notebook")', f"Path({str(tmp_path)!r})")
         exec(compile(source, f"cell {number}", "exec"), quick)
     assert quick["WORKDIR"] == tmp_path
+    # The shell lines are left out here: what they install must be there to install.
+    assert (quick["ROOT"] / "pyproject.toml").is_file()
     assert quick["results"]["data"]["name"] == "phantom"
     assert (tmp_path / "reports.zip").stat().st_size > 10_000
     assert "label_before" in (tmp_path / "prediction/predictions.csv").read_text()

@@ -354,7 +354,7 @@ def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(pretrained, "LITE0_PACKAGE", "no_such_package")
     for spec in ("timm/resnet50", str(tmp_path / "w.safetensors"), "lite0-imagenet"):
-        with pytest.raises(ImportError, match=r"pip install 'cxai-jax\[pretrained\]'"):
+        with pytest.raises(ImportError, match=r"pip install -e '\.\[pretrained\]'"):
             pretrained.read_tensors(spec)
 
 

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model.config.tta.k = given.votes
         data = export_model(model).serialize()
     except ImportError as error:
-        parser.exit(2, f"error: {error.name}: pip install 'cxai-jax[export]'\n")
+        parser.exit(2, f"error: {error.name}: pip install -e '.[export]'\n")
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")
     given.out.write_bytes(data)

@@ -107,7 +107,10 @@ def describe(summary: dict) -> str:
     """The summary as text: counts per class and split, left-out files, verdict."""
     counts = summary["counts"]
     width = max(len(name) for name in (*summary["class_names"], "class"))
-    lines = [f"{summary['name']}, split {summary['split_scheme']}"]
+    lines = [
+        f"{summary['name']}, split {summary['split_scheme']}, positive class "
+        + summary["class_names"][summary["positive"]]
+    ]
     lines.append(f"{'class':<{width}}" + "".join(f"{s:>8}" for s in (*counts, "all")))
     for name in summary["class_names"]:
         row = [count[name] for count in counts.values()]

