@@ -4,10 +4,13 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import REPO
 from PIL import Image
 from untrained_run import make_run
 
@@ -137,6 +140,8 @@ def test_bad_files_are_named_and_the_others_predicted(run, scans, tmp_path, caps
     Image.fromarray(colour).save(folder / "photo.png")
     frames = [Image.fromarray(np.full((9, 9), i, np.uint8)) for i in (0, 255)]
     frames[0].save(folder / "volume.tif", save_all=True, append_images=frames[1:])
+    (folder / "volume.nii.gz").write_bytes(b"\x1f\x8b")
+    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")  # An index, no image.
     (folder / "patients.csv").write_text("file,patient\ngood.png,ann\n")
     code = command(run, out, "--votes=0", f"--images={folder}", tmp_path / "*.gone")
     assert code == 1
@@ -149,6 +154,7 @@ def test_bad_files_are_named_and_the_others_predicted(run, scans, tmp_path, caps
         "cut.png": "cannot be read",
         "photo.png": "colour picture",
         "volume.tif": "2 frames",
+        "volume.nii.gz": "a volume; save its slices",
         "*.gone": "no such file",
     }
     assert errors.keys() == expected.keys()
@@ -163,6 +169,7 @@ def test_bad_files_are_named_and_the_others_predicted(run, scans, tmp_path, caps
         page.split("<pre>")[1].split("</pre>")[0].replace("&quot;", '"')
     )
     assert [os.path.basename(n) for n in ignored["ignored files"]] == [
+        "DICOMDIR",
         "notes.txt",
         "patients.csv",
     ]
@@ -202,6 +209,59 @@ def test_flags_tell_what_is_unusual(run):
     assert tiny[0].startswith("small: 60 x 5 pixels")
     assert "wider than every training image" in tiny
     assert "less contrast than every training image" in tiny
+
+
+def test_names_that_are_not_utf8_are_predicted_and_written(run, scans, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    name = os.fsdecode(b"\xe4.png")  # Latin-1, as old archives have.
+    try:
+        (folder / name).write_bytes(next(scans.iterdir()).read_bytes())
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    (folder / os.fsdecode(b"\xe4.nii")).touch()
+    assert command(run, out, "--votes=0", f"--images={folder}") == 1
+    good, bad = table(out)
+    assert good["file"] == f"{folder}/\\xe4.png" and good["error"] == ""
+    assert bad["file"] == f"{folder}/\\xe4.nii" and "volume" in bad["error"]
+    assert command(run, out, "--votes=0", f"--images={folder}", "--resume") == 1
+    assert table(out) == [good, bad]
+
+
+def test_votes_are_shared_out_over_devices(run, tmp_path):
+    images = np.random.default_rng(3).integers(0, 255, (4, 32, 32, 1), np.uint8)
+    model = trained.load(run[0])
+    here = trained.Predictor(model, make_mesh())(images)
+    np.save(tmp_path / "images.npy", images)
+    program = """
+import sys
+import jax, numpy as np
+from pathlib import Path
+from cxai_jax import mesh, trained
+model = trained.load(Path(sys.argv[1]))
+images = np.load(sys.argv[2])
+predictor = trained.Predictor(model, mesh.make_mesh())
+forward, shares = predictor._forward, set()
+def watched(variables, masked):
+    shares.add(len(masked) // masked.sharding.shard_shape(masked.shape)[0])
+    return forward(variables, masked)
+predictor._forward = watched
+print(*predictor(images).after, shares)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, run[0], tmp_path / "images.npy"],
+        env=os.environ
+        | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiles faster.
+            "PYTHONPATH": str(REPO),
+            "JAX_PLATFORMS": "cpu",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [*map(str, here.after), "{4}"]
 
 
 def test_inputs_are_found_once_and_in_order(tmp_path):
@@ -272,6 +332,32 @@ def test_dicom_frames_become_slices_with_lut_and_window(dicom):
     np.testing.assert_array_equal(inputs.open_slices(own)[0].gray.ravel(), [0, 255])
 
 
+def test_enhanced_dicom_keeps_lut_and_window_in_its_functional_groups(dicom):
+    pydicom = pytest.importorskip("pydicom")
+
+    def group(name, **values):
+        inner, outer = pydicom.Dataset(), pydicom.Dataset()
+        for key, value in values.items():
+            setattr(inner, key, value)
+        setattr(outer, f"{name}Sequence", [inner])
+        return outer
+
+    lut = {"RescaleSlope": 2, "RescaleIntercept": -1000, "RescaleType": "HU"}
+    path = dicom(
+        np.array([[[0, 200]], [[0, 200]]]),  # -1000, -600 HU.
+        RescaleSlope=None,
+        RescaleIntercept=None,
+        SharedFunctionalGroupsSequence=[group("PixelValueTransformation", **lut)],
+        PerFrameFunctionalGroupsSequence=[
+            group("FrameVOILUT", WindowCenter=-800, WindowWidth=400),
+            group("FrameVOILUT", WindowCenter=-1000, WindowWidth=800),
+        ],
+    )
+    first, second = inputs.open_slices(path)
+    np.testing.assert_array_equal(first.gray.ravel(), [0, 255])
+    np.testing.assert_array_equal(second.gray.ravel(), [128, 255])
+
+
 def test_dicom_monochrome1_is_inverted_and_the_series_names_the_patient(dicom):
     path = dicom(
         np.array([[[0, 900]]]), PhotometricInterpretation="MONOCHROME1", PatientID=""
@@ -282,7 +368,7 @@ def test_dicom_monochrome1_is_inverted_and_the_series_names_the_patient(dicom):
 
 
 def test_dicom_without_readable_pixels_says_why(dicom):
-    with pytest.raises(ValueError, match="Pixel"):
+    with pytest.raises(ValueError, match="without pixels, such as a report"):
         inputs.open_slices(dicom())
     compressed = dicom(np.zeros((1, 1, 2)))
     data = compressed.read_bytes()
@@ -290,7 +376,7 @@ def test_dicom_without_readable_pixels_says_why(dicom):
     plain = b"1.2.840.10008.1.2.1\0"
     header = data.replace(b"UI\x14\0" + plain, b"UI\x16\0" + jpeg_ls)
     compressed.write_bytes(header)
-    with pytest.raises(ValueError, match="cannot be read as an image"):
+    with pytest.raises(ValueError, match="no decoder is installed for JPEG-LS"):
         inputs.open_slices(compressed)
 
 
