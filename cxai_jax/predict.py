@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cache = given.workdir.absolute() / "xla_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     found = inputs.find([*given.images, *given.more])
+    ours = given.out.resolve()  # May lie in the folder of the images.
+    files = [path for path in found.files if ours not in path.resolve().parents]
+    found = found._replace(files=files)
     errors, about = list(found.errors), {"workdir": str(given.workdir)}
     if not found.files and not errors:
         errors.append(("--images", "no files were named; give files, folders or globs"))

@@ -105,6 +105,13 @@ def test_everything_is_written(whole, scans):
     assert page.count("&lt;b&gt;.png</a>") == 9
 
 
+def test_every_column_is_explained(whole):
+    explained = (REPO / "experiments" / "README.md").read_text(encoding="utf-8")
+    for column in table(whole)[0]:
+        name = "p_CLASS" if column.startswith("p_") else column
+        assert f"`{name}`" in explained, column
+
+
 def test_a_stopped_prediction_continues(run, scans, whole, tmp_path, monkeypatch):
     call = trained.Predictor.__call__
 
@@ -212,8 +219,9 @@ def test_flags_tell_what_is_unusual(run):
 
 
 def test_names_that_are_not_utf8_are_predicted_and_written(run, scans, tmp_path):
-    folder, out = tmp_path / "in", tmp_path / "out"
+    folder = tmp_path / "in"
     folder.mkdir()
+    out = folder / "out"  # Its overlays are no new images when it is resumed.
     name = os.fsdecode(b"\xe4.png")  # Latin-1, as old archives have.
     try:
         (folder / name).write_bytes(next(scans.iterdir()).read_bytes())
