@@ -128,7 +128,7 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
         return prediction_table.row(one, outcome, i, model, out)
 
     files = [path for path in found.files if inputs.printable(path) not in done]
-    waiting, begun, number, saved = [], time.monotonic(), 0, 0
+    waiting, begun, number, saved, stopped = [], time.monotonic(), 0, 0, 0
     with train.StopSignal() as stop:
         for place, (path, opened) in enumerate(inputs.read_ahead(files, prepare), 1):
             if isinstance(opened, ValueError):
@@ -147,16 +147,17 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
             if number > before or last:
                 rate = number / (time.monotonic() - begun)
                 progress(place, len(files), f"{rate:.1f} images/s")
-            if stop.asked:
+            if stop.asked and (waiting or not last):
+                stopped = stop.asked
                 break
     table.add([{"file": name, "error": text} for name, text in errors])
     table.close()
-    if stop.asked and sys.stdout.isatty():
+    if stopped and sys.stdout.isatty():
         print()  # The bar was left in the middle.
     if saved:
         every = number * model.config.tta.k
         print(f"early exit saved {saved} of {every} masked forward passes")
-    return table.rows, stop.asked
+    return table.rows, stopped
 
 
 def progress(done: int, total: int, text: str) -> None:
