@@ -112,7 +112,7 @@ def run_report(
     parts = [
         _section(
             "Result",
-            _score_table(results["metrics"]),
+            _score_table(results["metrics"], data["positive"]),
             f'<p class="verdict {"warn" if leaks else "fine"}"><b>Leakage check:</b> '
             f"{escape(verdict)}. Split: {escape(data['split_scheme'])}; {counts} "
             "images.</p>",
@@ -290,14 +290,16 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _score_table(scored: dict) -> str:
+def _score_table(scored: dict, positive: str) -> str:
     rows = []
     for name, values in _score_rows(scored):
         keys = HARD if name == "after voting" else SCORES
         cells = [_with_interval(values, key) if key in keys else "" for key in SCORES]
         # With a hyphen that is no place to break the line.
         rows.append((name, *(cell.replace("-", "\u2011") for cell in cells)))
-    note = "Percent, with the 95 % bootstrap interval in brackets"
+    note = (
+        f"Percent, with the 95 % bootstrap interval in brackets; positive: {positive}"
+    )
     return _table(("", *SCORES.values()), rows, caption=note)
 
 
