@@ -245,7 +245,8 @@ def test_votes_are_shared_out_over_devices(run, tmp_path):
 import sys
 import jax, numpy as np
 from pathlib import Path
-from cxai_jax import mesh, trained
+from cxai_jax import mesh, steps, trained
+from test_sharding import collectives
 model = trained.load(Path(sys.argv[1]))
 images = np.load(sys.argv[2])
 predictor = trained.Predictor(model, mesh.make_mesh())
@@ -255,6 +256,11 @@ def watched(variables, masked):
     return forward(variables, masked)
 predictor._forward = watched
 print(*predictor(images).after, shares)
+devices = mesh.make_mesh()
+step = steps.make_voting_step(model.model, model.scale, model.config.tta)
+arrays = mesh.put_replicated(model.variables, devices), mesh.put_rows(images, devices)
+hlo = jax.jit(step).lower(*arrays).compile().as_text()
+print(max((np.prod(dims) for _, dims in collectives(hlo)), default=0))
 """
     done = subprocess.run(
         [sys.executable, "-c", program, run[0], tmp_path / "images.npy"],
@@ -262,14 +268,16 @@ print(*predictor(images).after, shares)
         | {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiles faster.
-            "PYTHONPATH": str(REPO),
+            "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
             "JAX_PLATFORMS": "cpu",
         },
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [*map(str, here.after), "{4}"]
+    *labels, shares, largest = done.stdout.split()
+    assert labels == [*map(str, here.after)] and shares == "{4}"
+    assert int(largest) < 32 * 32  # The full pass moves no image either.
 
 
 def test_inputs_are_found_once_and_in_order(tmp_path):
