@@ -147,6 +147,7 @@ def test_bad_files_are_named_and_the_others_predicted(run, scans, tmp_path, caps
     Image.fromarray(colour).save(folder / "photo.png")
     frames = [Image.fromarray(np.full((9, 9), i, np.uint8)) for i in (0, 255)]
     frames[0].save(folder / "volume.tif", save_all=True, append_images=frames[1:])
+    (folder / "link.png").symlink_to("nowhere")
     (folder / "volume.nii.gz").write_bytes(b"\x1f\x8b")
     (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")  # An index, no image.
     (folder / "patients.csv").write_text("file,patient\ngood.png,ann\n")
@@ -158,6 +159,7 @@ def test_bad_files_are_named_and_the_others_predicted(run, scans, tmp_path, caps
     expected = {
         "empty.png": "empty",
         "text.png": "not an image",
+        "link.png": "cannot be opened (No such file or directory)",
         "cut.png": "cannot be read",
         "photo.png": "colour picture",
         "volume.tif": "2 frames",

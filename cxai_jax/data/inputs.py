@@ -58,7 +58,9 @@ def find(paths: Sequence[str]) -> Found:
             if not match.is_dir():
                 files[match] = None
                 continue
-            inside = [p for p in sorted(match.rglob("*")) if p.is_file()]
+            inside = sorted(match.rglob("*"))
+            # A link that leads nowhere shall become an error, not be passed over.
+            inside = [p for p in inside if p.is_file() or not p.exists()]
             images = dict.fromkeys(p for p in inside if _looks_like_image(p))
             ignored += [printable(p) for p in inside if p not in images]
             files |= images
