@@ -144,7 +144,7 @@ def training_loss(log: Sequence[dict]) -> Figure:
         for name in ("loss", *(t for t in terms if t in LOSS_TERMS)):
             axes.plot(steps, [row.get(name, np.nan) for row in rows], label=name)
         axes.set(xlabel="step", ylabel="training loss")
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=2)  # Off the lines.
     return figure
 
 
@@ -164,7 +164,7 @@ def accuracy_curves(curve: Sequence[dict]) -> Figure:
                 label=split,
             )
         axes.set(xlabel="step", ylabel="accuracy")
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 

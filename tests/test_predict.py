@@ -214,6 +214,13 @@ def test_flags_tell_what_is_unusual(run):
     assert "brighter than every training image" in novelty.flags(
         np.full((64, 64, 1), 255, np.uint8), known, 32
     )
+    gray = Image.fromarray(image[..., 0])
+    larger = np.asarray(gray.resize((131, 90), Image.Resampling.BICUBIC))[..., None]
+    assert novelty.is_known(larger, known["difference_hashes"])
+    assert not novelty.is_known(image[:, ::-1], known["difference_hashes"])
+    blank = np.zeros((9, 9, 1), np.uint8)
+    of_blank = novelty.difference_hash(blank)[None]
+    assert not novelty.is_known(blank, of_blank) and not of_blank.any()
     tiny = novelty.flags(np.full((5, 60, 1), 90, np.uint8), known, 32)
     assert tiny[0].startswith("small: 60 x 5 pixels")
     assert "wider than every training image" in tiny
