@@ -144,7 +144,7 @@ def training_loss(log: Sequence[dict]) -> Figure:
         for name in ("loss", *(t for t in terms if t in LOSS_TERMS)):
             axes.plot(steps, [row.get(name, np.nan) for row in rows], label=name)
         axes.set(xlabel="step", ylabel="training loss")
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=2)  # Off the lines.
     return figure
 
 
@@ -164,7 +164,7 @@ def accuracy_curves(curve: Sequence[dict]) -> Figure:
                 label=split,
             )
         axes.set(xlabel="step", ylabel="accuracy")
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
@@ -179,7 +179,7 @@ def trajectories(
       theta: support threshold; the shaded range below it opposes. Exact for two
         classes; with more a vote opposes if one other class reaches 1 - theta.
     """
-    with chart(5.6, 3.4 + 0.2 * len(probs)) as (figure, axes):
+    with chart(4.4, 3.0 + 0.2 * len(probs)) as (figure, axes):
         for name, values in probs.items():
             axes.plot(values[:, labels[name]], label=name)
         axes.axhspan(0, theta, color=INK, alpha=0.08, linewidth=0)
@@ -187,7 +187,7 @@ def trajectories(
         axes.set_ylim(-0.02, 1.02)
         axes.margins(x=0.01)
         if probs:
-            figure.legend(loc="outside lower left", fontsize=8)
+            figure.legend(loc="outside lower left", fontsize=9)
     return figure
 
 

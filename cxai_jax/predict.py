@@ -1,10 +1,16 @@
-"""python -m cxai_jax.predict --workdir=RUN --images PATH... --out=DIR"""
+"""python -m cxai_jax.predict --workdir=RUN --images PATH... --out=DIR
+
+Writes predictions.csv, patients.csv where patients are known, overlays/*.png and
+report.html to DIR. Exit code 0: everything was predicted; 1: some files were not, the
+page says why; 2: nothing was; 128 + n: stopped by signal n, --resume continues.
+"""
 
 import argparse
 import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +24,9 @@ from cxai_jax.writer import write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code.
-
-    0: everything was predicted; 1: some files were not, the page says why; 2: nothing
-    was; 128 + n: stopped by signal n, `--resume` continues.
-    """
-    parser = argparse.ArgumentParser(prog="python -m cxai_jax.predict")
+    """Runs the command; returns its exit code, see the module."""
+    about_this = __doc__.partition("\n\n")[2]
+    parser = argparse.ArgumentParser("python -m cxai_jax.predict", epilog=about_this)
     parser.add_argument("--workdir", type=Path, required=True, help="a finished run")
     parser.add_argument("--images", nargs="+", action="extend", default=[])
     parser.add_argument("more", nargs="*", help="more files, folders or globs")
@@ -35,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     host_memory.keep_freed_memory()
     for noisy in ("absl", "orbax", "jax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # Its errors are ours.
+    # What pydicom cannot read becomes an error of ours; importing it resets its level.
+    logging.getLogger("pydicom").addHandler(logging.NullHandler())
+    logging.getLogger("pydicom").propagate = False
+    warnings.filterwarnings("ignore", module="pydicom")
     done = given.out / "predictions.csv"
     if done.exists() and not given.resume:
         parser.error(
@@ -45,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cache = given.workdir.absolute() / "xla_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     found = inputs.find([*given.images, *given.more])
+    ours = given.out.resolve()  # May lie in the folder of the images.
+    files = [path for path in found.files if ours not in path.resolve().parents]
+    found = found._replace(files=files)
     errors, about = list(found.errors), {"workdir": str(given.workdir)}
     if not found.files and not errors:
         errors.append(("--images", "no files were named; give files, folders or globs"))
@@ -67,8 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (given.out / "overlays").mkdir(parents=True, exist_ok=True)
     rows = []
     if done.exists():
-        if json.loads((given.out / "about.json").read_text()) != about:
-            parser.error(f"{done} was made with another model, --votes or --window")
+        made = given.out / "about.json"
+        if not made.exists() or json.loads(made.read_text()) != about:
+            parser.error(
+                f"{done} was made with another model, --votes or --window; choose "
+                "another --out"
+            )
         rows = prediction_table.read(done)
     write_json(given.out / "about.json", about)
     rows, signal = predict(model, known, found, errors, rows, given)
@@ -82,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def window(text: str) -> tuple[float, float]:
     """Centre and width of a text like "-600,1500"."""
     centre, width = map(float, text.split(","))
-    if width <= 0:
+    if not width > 0:  # NaN too.
         raise ValueError("the width must be positive")
     return centre, width
 
@@ -96,7 +109,7 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
     size, out = model.config.data.image_size, given.out
     programs = given.workdir / "executables"
     predictor = trained.Predictor(model, make_mesh(), programs)
-    done = {row["file"] for row in rows}
+    done = {row["file"] for row in rows}  # Frames of a file have rows of their own.
     table = prediction_table.Table(out / "predictions.csv", model.class_names, rows)
 
     def prepare(path: Path) -> list[prediction_table.Prepared]:
@@ -116,28 +129,37 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
     def row_of(i, one, outcome):
         return prediction_table.row(one, outcome, i, model, out)
 
-    files = [path for path in found.files if str(path) not in done]
-    waiting, begun, number = [], time.monotonic(), 0
+    files = [path for path in found.files if inputs.printable(path) not in done]
+    waiting, begun, number, saved, stopped = [], time.monotonic(), 0, 0, 0
     with train.StopSignal() as stop:
         for place, (path, opened) in enumerate(inputs.read_ahead(files, prepare), 1):
             if isinstance(opened, ValueError):
-                errors.append((str(path), str(opened).removeprefix(f"{path}: ")))
+                name = inputs.printable(path)
+                errors.append((name, str(opened).removeprefix(f"{name}: ")))
             else:
                 waiting += opened
             full = predictor.batch_size
-            last = place == len(files)
+            last, before = place == len(files), number
             while (len(waiting) >= full or (waiting and last)) and not stop.asked:
                 batch, waiting = waiting[:full], waiting[full:]
                 outcome = predictor(np.stack([one.input for one in batch]))
                 table.add([row_of(i, one, outcome) for i, one in enumerate(batch)])
                 number += len(batch)
+                saved += outcome.saved
+            if number > before or last:
                 rate = number / (time.monotonic() - begun)
                 progress(place, len(files), f"{rate:.1f} images/s")
-            if stop.asked:
+            if stop.asked and (waiting or not last):
+                stopped = stop.asked
                 break
     table.add([{"file": name, "error": text} for name, text in errors])
     table.close()
-    return table.rows, stop.asked
+    if stopped and sys.stdout.isatty():
+        print()  # The bar was left in the middle.
+    if saved:
+        every = number * model.config.tta.k
+        print(f"early exit saved {saved} of {every} masked forward passes")
+    return table.rows, stopped
 
 
 def progress(done: int, total: int, text: str) -> None:

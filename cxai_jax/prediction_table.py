@@ -49,12 +49,12 @@ class Table:
         columns += [*(f"p_{name}" for name in class_names), "error"]
         self.rows = list(keep)
         temporary = path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(keep)
         temporary.replace(path)
-        self._file = path.open("a", newline="")
+        self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, columns)
 
     def add(self, rows: Sequence[dict]) -> None:
@@ -70,7 +70,7 @@ class Table:
 
 def read(path: Path) -> list[dict]:
     """The complete rows of a predictions.csv; rows with an error are left out."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if row["error"] == ""]
 
 
@@ -113,8 +113,10 @@ def report_rows(rows: Sequence[dict], folder: Path) -> list[report.Row]:
         except OSError:
             return b""  # Somebody removed it; the page shows the row without it.
 
+    shown = report.least_certain([abs(float(r["probability"]) - 0.5) for r in rows])
     with ThreadPoolExecutor() as pool:
-        pictures = list(pool.map(picture, rows))
+        found = pool.map(picture, [rows[i] for i in shown])
+        pictures = dict(zip(shown.tolist(), found, strict=True))
     return [
         report.Row(
             name=row["file"],
@@ -125,10 +127,10 @@ def report_rows(rows: Sequence[dict], folder: Path) -> list[report.Row]:
             cast=int(row["votes_cast"]) if row["votes_cast"] else None,
             flags=tuple(filter(None, row["flags"].split("; "))),
             patient=row["patient"],
-            picture=jpeg,
+            picture=pictures.get(i, b""),
             link=row["overlay"],
         )
-        for row, jpeg in zip(rows, pictures, strict=True)
+        for i, row in enumerate(rows)
     ]
 
 
@@ -173,7 +175,7 @@ def finish(
     """Writes report.html and, if any patient is known, patients.csv."""
     patients = by_patient(rows, class_names, positive)
     if patients:
-        with (out / "patients.csv").open("w", newline="") as file:
+        with (out / "patients.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(Patient._fields)
             writer.writerows(patients)

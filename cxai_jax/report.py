@@ -9,7 +9,7 @@ frame, the style and the script.
 import base64
 import hashlib
 import json
-import os
+import os.path
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
@@ -33,6 +33,7 @@ SCORES = {  # Key in results.json -> heading.
 }
 HARD = ("accuracy", "precision", "recall", "specificity", "f1")  # Need no score.
 MAX_ROWS = 5000  # Of a run's table; a page must stay usable in any browser.
+OPEN_ERRORS = 10  # More are folded away, so that they do not hide the images.
 EXAMPLES = 4  # Pictures per kind: certain and right, certain and wrong, flipped.
 
 
@@ -111,7 +112,7 @@ def run_report(
     parts = [
         _section(
             "Result",
-            _score_table(results["metrics"]),
+            _score_table(results["metrics"], data["positive"]),
             f'<p class="verdict {"warn" if leaks else "fine"}"><b>Leakage check:</b> '
             f"{escape(verdict)}. Split: {escape(data['split_scheme'])}; {counts} "
             "images.</p>",
@@ -136,18 +137,12 @@ def run_report(
         if len(rows)
     ]
     if k:
-        parts.append(_voting_section(predictions, before, after, opposing, theta))
+        parts.append(
+            _voting_section(predictions, before, after, opposing, theta, names)
+        )
     if explanations:
         summary = results["explanations"]
         parts.append(_explanations_section(explanations, summary, records, names))
-    shown = np.arange(len(labels))
-    note = ""
-    if len(shown) > MAX_ROWS:
-        shown = np.argsort(certainty)[:MAX_ROWS]
-        note = (
-            f"<p>The {MAX_ROWS} least certain of {len(labels)} images; the predictions "
-            "file has all.</p>"
-        )
     rows = [
         Row(
             name=str(predictions["names"][i]),
@@ -159,13 +154,21 @@ def run_report(
             patient=str(predictions["patients"][i]),
             truth=names[labels[i]],
         )
-        for i in shown
+        for i in least_certain(certainty)
     ]
+    note = _shown_note(len(rows), len(labels), "the predictions file")
     parts.append(_section("All images", note, _image_table(rows, names, positive)))
     about = {key: results[key] for key in ("device", "versions", "selected", "config")}
     parts.append(_details("Config, versions and device", about))
     model = config["model"]["name"]
     return _page(f"{data['name']} · {model}", f"{len(labels)} test images", parts)
+
+
+def least_certain(certainty: Sequence[float]) -> np.ndarray:
+    """Numbers of the rows a page shows: all in order, or the MAX_ROWS least certain."""
+    if len(certainty) <= MAX_ROWS:
+        return np.arange(len(certainty))
+    return np.argsort(certainty, kind="stable")[:MAX_ROWS]
 
 
 def prediction_report(
@@ -180,7 +183,7 @@ def prediction_report(
     """The page of the predict command.
 
     Args:
-      rows: the predicted images.
+      rows: the predicted images; of more than MAX_ROWS those nearest to 50 % are shown.
       errors: (file, reason) of everything that could not be predicted.
       class_names: K names; empty if there is no model to name them.
       positive: the class whose probability is shown.
@@ -209,11 +212,14 @@ def prediction_report(
         )
     ]
     if errors:
+        opened = " open" * (len(errors) <= OPEN_ERRORS)
         parts.append(
             _section(
                 "Errors",
-                '<p class="verdict warn">These could not be predicted.</p>',
+                f'<details class="verdict warn"{opened}>'
+                f"<summary>{len(errors)} could not be predicted</summary>",
                 _table(("File", "Reason"), errors),
+                "</details>",
             )
         )
     if patients:
@@ -228,18 +234,27 @@ def prediction_report(
             )
         )
     if rows:
-        folder = os.path.commonpath([os.path.dirname(row.name) for row in rows])
-        prefix = folder and folder.rstrip("/") + "/"
+        total, nearness = len(rows), [abs(row.probability - 0.5) for row in rows]
+        rows = [rows[i] for i in least_certain(nearness)]
+        prefix = os.path.commonprefix([row.name for row in rows])
+        prefix = prefix[: prefix.rfind("/") + 1]
         rows = [row._replace(name=row.name.removeprefix(prefix)) for row in rows]
         parts.append(
             _section(
                 "Images",
-                f"<p>Files are in {escape(prefix)}.</p>" if prefix else "",
+                _shown_note(len(rows), total, "predictions.csv"),
+                f"<p>Files are in {escape(prefix)}</p>" if prefix else "",
                 _image_table(rows, class_names, positive),
             )
         )
     parts.append(_details("About this prediction", about))
     return _page("Predictions", f"{len(rows)} images", parts)
+
+
+def _shown_note(shown: int, total: int, source: str) -> str:
+    if shown == total:
+        return ""
+    return f"<p>The {shown} least certain of {total} images; {source} has all.</p>"
 
 
 def _votes_sentence(rows: Sequence[Row], about: dict) -> str:
@@ -276,13 +291,16 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _score_table(scored: dict) -> str:
+def _score_table(scored: dict, positive: str) -> str:
     rows = []
     for name, values in _score_rows(scored):
         keys = HARD if name == "after voting" else SCORES
         cells = [_with_interval(values, key) if key in keys else "" for key in SCORES]
-        rows.append((name, *cells))
-    note = "Percent, with the 95 % bootstrap interval in brackets"
+        # With a hyphen that is no place to break the line.
+        rows.append((name, *(cell.replace("-", "\u2011") for cell in cells)))
+    note = (
+        f"Percent, with the 95 % bootstrap interval in brackets; positive: {positive}"
+    )
     return _table(("", *SCORES.values()), rows, caption=note)
 
 
@@ -434,7 +452,7 @@ def _calibration_section(fitted: dict, positive: str) -> str:
     )
 
 
-def _voting_section(predictions, before, after, opposing, theta) -> str:
+def _voting_section(predictions, before, after, opposing, theta, class_names) -> str:
     probs = predictions["probs"]
     k = probs.shape[1] - 1
     # What flipped comes first, then the closest calls, as in the paper's figure.
@@ -452,10 +470,28 @@ def _voting_section(predictions, before, after, opposing, theta) -> str:
         f"<p>{k} masks, threshold {theta}: {len(flips)} labels flipped, {helped} of "
         f"them to the true class. A label flips if more than {k / 2:g} votes oppose "
         "it.</p>",
-        '<div class="charts">'
+        '<div class="charts wide">'
         + _chart(figure, "Score while the most relevant cells are removed")
         + "</div>",
+        _flip_table(predictions, before, after, opposing, class_names, flips),
     )
+
+
+def _flip_table(predictions, before, after, opposing, names, flips) -> str:
+    if not len(flips):
+        return ""
+    rows = [
+        (
+            str(predictions["names"][i]),
+            names[predictions["labels"][i]],
+            names[before[i]],
+            names[after[i]],
+            str(opposing[i]),
+        )
+        for i in flips
+    ]
+    head = ("Flipped image", "True", "Before", "After", "Votes against")
+    return _table(head, rows)
 
 
 def _image_table(rows: Sequence[Row], class_names, positive: int) -> str:
@@ -485,14 +521,14 @@ def _image_table(rows: Sequence[Row], class_names, positive: int) -> str:
         f'<option value="{tag}">{escape(text)}</option>' for tag, text in kinds.items()
     )
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in shown)
+    pictured = ' class="pictured"' * columns["Picture"]
     body = "\n".join(_image_row(row, shown, columns, class_names) for row in rows)
     return (
         '<div id="controls" hidden><label>Search <input type="search" id="search">'
         f'</label> <label>Show <select id="show"><option value="">all</option>{options}'
         '</select></label> <span id="count" role="status"></span></div>'
-        '<div class="scroll" role="region" aria-label="Images" tabindex="0">'
-        f'<table id="images"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>'
-        "</table></div>"
+        f'<table id="images"{pictured}><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table>"
     )
 
 

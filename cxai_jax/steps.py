@@ -478,3 +478,20 @@ def make_predict_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
         }
 
     return predict
+
+
+def make_voting_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
+    """As `make_predict_step` with the count of the votes, still one graph.
+
+    With tta_config.k > 0 the dict also holds `votes`, a tta.Votes.
+    """
+    predict = make_predict_step(model, scale, tta_config)
+
+    def vote(variables, images):
+        out = predict(variables, images)
+        if tta_config.k:
+            votes = tta.votes_for(out["probs"], theta=tta_config.theta, k=tta_config.k)
+            out["votes"] = votes
+        return out
+
+    return vote

@@ -189,8 +189,7 @@ def finish(run: setup.Run, writer: Writer | None, results: dict) -> None:
         outcome.warn_below_chance(results["metrics"]["all"])
         write_json(run.workdir / "results.json", results)
         fit = setup.fit_records(run.dataset, config.data.fit)
-        described = novelty.describe(fit, config.data.resize)
-        write_json(run.workdir / novelty.FILE, described)
+        write_json(run.workdir / novelty.FILE, novelty.describe(fit))
         page = report.run_report(
             results,
             evaluate.load_predictions(run.workdir / f"predictions_{split}.npz"),

@@ -104,7 +104,7 @@ class Predictor:
         self._grid = config.data.image_size // config.tta.patch
         self._variables = meshes.put_replicated(trained.variables, mesh)
         self._early = bool(config.tta.k) and config.tta.early_exit
-        make = steps.make_first_look if self._early else steps.make_predict_step
+        make = steps.make_first_look if self._early else steps.make_voting_step
         self._look = jit(make(trained.model, trained.scale, config.tta))
         crops = steps.prefix_crops(trained.model, config.data.image_size, config.tta)
         if crops:  # The carried maps are replaced call by call: donated.
@@ -125,7 +125,9 @@ class Predictor:
         after, opposing, cast, saved = before, None, None, 0
         if self._early:
             votes = tta.vote_early(
-                functools.partial(self._forward, self._variables),
+                functools.partial(self._forward, self._variables)
+                if "prefix" in seen
+                else self._vote,
                 seen["images"][:number],
                 seen["cells"][:number],
                 first,
@@ -142,9 +144,15 @@ class Predictor:
                 votes.saved,
             )
         elif tta_config.k:
-            votes = tta.votes_for(probs, theta=tta_config.theta, k=tta_config.k)
-            after, opposing = np.asarray(votes.labels), np.asarray(votes.opposing)
+            votes = jax.tree.map(lambda x: np.asarray(x[:number]), seen["votes"])
+            after, opposing = votes.labels, votes.opposing
             cast = np.full(number, tta_config.k)
         maps = np.asarray(seen["class_maps"][:number])
         maps = np.take_along_axis(maps, before[:, None, None, None], axis=3)[..., 0]
         return Predicted(first, maps, before, after, opposing, cast, saved)
+
+    def _vote(self, masked: jax.Array) -> jax.Array:
+        """Probabilities of normalised images; every device takes its share of them."""
+        if len(masked) % self._mesh.size == 0:
+            masked = jax.device_put(masked, meshes.split_rows(self._mesh))
+        return self._forward(self._variables, masked)

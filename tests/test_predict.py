@@ -4,10 +4,13 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import REPO
 from PIL import Image
 from untrained_run import make_run
 
@@ -103,6 +106,13 @@ def test_everything_is_written(whole, scans):
     assert page.count("&lt;b&gt;.png</a>") == 9
 
 
+def test_every_column_is_explained(whole):
+    explained = (REPO / "experiments" / "README.md").read_text(encoding="utf-8")
+    for column in table(whole)[0]:
+        name = "p_CLASS" if column.startswith("p_") else column
+        assert f"`{name}`" in explained, column
+
+
 def test_a_stopped_prediction_continues(run, scans, whole, tmp_path, monkeypatch):
     call = trained.Predictor.__call__
 
@@ -138,6 +148,9 @@ def test_bad_files_are_named_and_the_others_predicted(run, scans, tmp_path, caps
     Image.fromarray(colour).save(folder / "photo.png")
     frames = [Image.fromarray(np.full((9, 9), i, np.uint8)) for i in (0, 255)]
     frames[0].save(folder / "volume.tif", save_all=True, append_images=frames[1:])
+    (folder / "link.png").symlink_to("nowhere")
+    (folder / "volume.nii.gz").write_bytes(b"\x1f\x8b")
+    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")  # An index, no image.
     (folder / "patients.csv").write_text("file,patient\ngood.png,ann\n")
     code = command(run, out, "--votes=0", f"--images={folder}", tmp_path / "*.gone")
     assert code == 1
@@ -147,9 +160,11 @@ def test_bad_files_are_named_and_the_others_predicted(run, scans, tmp_path, caps
     expected = {
         "empty.png": "empty",
         "text.png": "not an image",
+        "link.png": "cannot be opened (No such file or directory)",
         "cut.png": "cannot be read",
         "photo.png": "colour picture",
         "volume.tif": "2 frames",
+        "volume.nii.gz": "a volume; save its slices",
         "*.gone": "no such file",
     }
     assert errors.keys() == expected.keys()
@@ -164,6 +179,7 @@ def test_bad_files_are_named_and_the_others_predicted(run, scans, tmp_path, caps
         page.split("<pre>")[1].split("</pre>")[0].replace("&quot;", '"')
     )
     assert [os.path.basename(n) for n in ignored["ignored files"]] == [
+        "DICOMDIR",
         "notes.txt",
         "patients.csv",
     ]
@@ -199,10 +215,79 @@ def test_flags_tell_what_is_unusual(run):
     assert "brighter than every training image" in novelty.flags(
         np.full((64, 64, 1), 255, np.uint8), known, 32
     )
+    gray = Image.fromarray(image[..., 0])
+    larger = np.asarray(gray.resize((131, 90), Image.Resampling.BICUBIC))[..., None]
+    assert novelty.is_known(larger, known["difference_hashes"])
+    assert not novelty.is_known(image[:, ::-1], known["difference_hashes"])
+    blank = np.zeros((9, 9, 1), np.uint8)
+    of_blank = novelty.difference_hash(blank)[None]
+    assert not novelty.is_known(blank, of_blank) and not of_blank.any()
     tiny = novelty.flags(np.full((5, 60, 1), 90, np.uint8), known, 32)
     assert tiny[0].startswith("small: 60 x 5 pixels")
     assert "wider than every training image" in tiny
     assert "less contrast than every training image" in tiny
+
+
+def test_names_that_are_not_utf8_are_predicted_and_written(run, scans, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    out = folder / "out"  # Its overlays are no new images when it is resumed.
+    name = os.fsdecode(b"\xe4.png")  # Latin-1, as old archives have.
+    try:
+        (folder / name).write_bytes(next(scans.iterdir()).read_bytes())
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    (folder / os.fsdecode(b"\xe4.nii")).touch()
+    assert command(run, out, "--votes=0", f"--images={folder}") == 1
+    good, bad = table(out)
+    assert good["file"] == f"{folder}/\\xe4.png" and good["error"] == ""
+    assert bad["file"] == f"{folder}/\\xe4.nii" and "volume" in bad["error"]
+    assert command(run, out, "--votes=0", f"--images={folder}", "--resume") == 1
+    assert table(out) == [good, bad]
+
+
+def test_votes_are_shared_out_over_devices(run, tmp_path):
+    images = np.random.default_rng(3).integers(0, 255, (4, 32, 32, 1), np.uint8)
+    model = trained.load(run[0])
+    here = trained.Predictor(model, make_mesh())(images)
+    np.save(tmp_path / "images.npy", images)
+    program = """
+import sys
+import jax, numpy as np
+from pathlib import Path
+from cxai_jax import mesh, steps, trained
+from test_sharding import collectives
+model = trained.load(Path(sys.argv[1]))
+images = np.load(sys.argv[2])
+predictor = trained.Predictor(model, mesh.make_mesh())
+forward, shares = predictor._forward, set()
+def watched(variables, masked):
+    shares.add(len(masked) // masked.sharding.shard_shape(masked.shape)[0])
+    return forward(variables, masked)
+predictor._forward = watched
+print(*predictor(images).after, shares)
+devices = mesh.make_mesh()
+step = steps.make_voting_step(model.model, model.scale, model.config.tta)
+arrays = mesh.put_replicated(model.variables, devices), mesh.put_rows(images, devices)
+hlo = jax.jit(step).lower(*arrays).compile().as_text()
+print(max((np.prod(dims) for _, dims in collectives(hlo)), default=0))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, run[0], tmp_path / "images.npy"],
+        env=os.environ
+        | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiles faster.
+            "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
+            "JAX_PLATFORMS": "cpu",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *labels, shares, largest = done.stdout.split()
+    assert labels == [*map(str, here.after)] and shares == "{4}"
+    assert int(largest) < 32 * 32  # The full pass moves no image either.
 
 
 def test_inputs_are_found_once_and_in_order(tmp_path):
@@ -273,6 +358,32 @@ def test_dicom_frames_become_slices_with_lut_and_window(dicom):
     np.testing.assert_array_equal(inputs.open_slices(own)[0].gray.ravel(), [0, 255])
 
 
+def test_enhanced_dicom_keeps_lut_and_window_in_its_functional_groups(dicom):
+    pydicom = pytest.importorskip("pydicom")
+
+    def group(name, **values):
+        inner, outer = pydicom.Dataset(), pydicom.Dataset()
+        for key, value in values.items():
+            setattr(inner, key, value)
+        setattr(outer, f"{name}Sequence", [inner])
+        return outer
+
+    lut = {"RescaleSlope": 2, "RescaleIntercept": -1000, "RescaleType": "HU"}
+    path = dicom(
+        np.array([[[0, 200]], [[0, 200]]]),  # -1000, -600 HU.
+        RescaleSlope=None,
+        RescaleIntercept=None,
+        SharedFunctionalGroupsSequence=[group("PixelValueTransformation", **lut)],
+        PerFrameFunctionalGroupsSequence=[
+            group("FrameVOILUT", WindowCenter=-800, WindowWidth=400),
+            group("FrameVOILUT", WindowCenter=-1000, WindowWidth=800),
+        ],
+    )
+    first, second = inputs.open_slices(path)
+    np.testing.assert_array_equal(first.gray.ravel(), [0, 255])
+    np.testing.assert_array_equal(second.gray.ravel(), [128, 255])
+
+
 def test_dicom_monochrome1_is_inverted_and_the_series_names_the_patient(dicom):
     path = dicom(
         np.array([[[0, 900]]]), PhotometricInterpretation="MONOCHROME1", PatientID=""
@@ -283,7 +394,7 @@ def test_dicom_monochrome1_is_inverted_and_the_series_names_the_patient(dicom):
 
 
 def test_dicom_without_readable_pixels_says_why(dicom):
-    with pytest.raises(ValueError, match="Pixel"):
+    with pytest.raises(ValueError, match="without pixels, such as a report"):
         inputs.open_slices(dicom())
     compressed = dicom(np.zeros((1, 1, 2)))
     data = compressed.read_bytes()
@@ -291,7 +402,7 @@ def test_dicom_without_readable_pixels_says_why(dicom):
     plain = b"1.2.840.10008.1.2.1\0"
     header = data.replace(b"UI\x14\0" + plain, b"UI\x16\0" + jpeg_ls)
     compressed.write_bytes(header)
-    with pytest.raises(ValueError, match="cannot be read as an image"):
+    with pytest.raises(ValueError, match="no decoder is installed for JPEG-LS"):
         inputs.open_slices(compressed)
 
 

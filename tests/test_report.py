@@ -190,6 +190,9 @@ def test_a_run_page_has_its_parts(run_page, finished):
     for chart in ("ROC", "Confusion", "Reliability", "training loss", "accuracy"):
         assert any(chart in label for label in labels), chart
     assert any(label.startswith("Score while") for label in labels)
+    flips = finished[0]["metrics"]["flips"]
+    listed = run_page.split(">Flipped image")[1].split("</table>")[0]
+    assert flips and listed.count('<th scope="row">') == len(flips)
     rows = [row for row in page.all("tr") if "data-tags" in row]
     assert len(rows) == len(finished[1]["labels"])
     wrong = (finished[1]["probs"][:, 0].argmax(1) != finished[1]["labels"]).sum()
@@ -222,6 +225,32 @@ def test_the_overview_counts():
     assert holds(text, "160 votes were cast; the other 40 of 200 could not")
     for tile in ("<b>40</b> images", "<b>1</b> labels flipped", "<b>39</b> labelled h"):
         assert holds(text, tile), tile
+
+
+def test_the_common_folder_is_named_once():
+    rows = [report.Row(n, 0.5, "a", "a") for n in ("/x/y/1.png", "/x/y/2.png", "z.png")]
+    options = {"class_names": ["a"], "positive": 0, "patients": [], "about": {}}
+    assert holds(
+        report.prediction_report(rows[:2], [], **options), "Files are in /x/y/"
+    )
+    assert not holds(report.prediction_report(rows, [], **options), "Files are in")
+
+
+def test_of_very_many_rows_the_least_certain_are_shown(monkeypatch):
+    monkeypatch.setattr(report, "MAX_ROWS", 2)
+    text = prediction_page(rows=4)  # 0, 37, 74 and 11 %.
+    assert holds(text, "The 2 least certain of 4 images; predictions.csv has all.")
+    assert holds(text, "<b>4</b> images predicted")
+    shown = re.findall(r'data-v="(0\.\d+)"', text)
+    assert shown == ["0.370000", "0.740000"]
+
+
+def test_many_errors_are_folded_away():
+    few = prediction_page(errors=[("a.png", "empty")] * report.OPEN_ERRORS)
+    many = prediction_page(errors=[("a.png", "empty")] * (report.OPEN_ERRORS + 1))
+    details = [Page(text).all("details")[0] for text in (few, many)]
+    assert "open" in details[0] and "open" not in details[1]
+    assert holds(many, "11 could not be predicted")
 
 
 def test_errors_are_listed_and_a_page_without_rows_works():
@@ -324,8 +353,13 @@ def test_sorting_and_filtering_in_a_browser(tmp_path, width):
         assert browser.run(f"{button}.parentElement.ariaSort") == "ascending"
         browser.run(f"{button}.focus()")
         assert browser.run("document.activeElement.textContent").startswith("Prob")
-        browser.run(f"{button}.click()")
+        for kind in ("keyDown", "keyUp"):
+            key = {"type": kind, "key": "Enter", "text": "\r"}
+            browser.call("Input.dispatchKeyEvent", **key)
         assert browser.run(shown).split(",") == sorted(before)[::-1]
+        browser.run("scrollTo(0, document.body.scrollHeight)")
+        heading = "document.querySelector('#images thead').getBoundingClientRect().top"
+        assert (browser.run(heading) == 0) == (width == 1280)  # Stays in view.
         browser.run("show.value = 'flipped'; show.dispatchEvent(new Event('change'))")
         assert browser.run(shown) == "0.370000"
         assert browser.run("document.getElementById('count').textContent") == (

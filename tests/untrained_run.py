@@ -42,5 +42,5 @@ def make_run(workdir: Path):
     about = {"class_names": names, "positive": names[dataset.positive]}
     write_json(workdir / "results.json", {"data": about})
     records = dataset.splits["train"]
-    write_json(workdir / novelty.FILE, novelty.describe(records, config.data.resize))
+    write_json(workdir / novelty.FILE, novelty.describe(records))
     return config, records

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from cxai_jax import steps, trained, tta
+from cxai_jax import steps, trained
 from cxai_jax.types import Array
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -31,7 +31,7 @@ def make_function(model: trained.Trained) -> Callable[[Array], dict]:
     `opposing`, int32 [B] votes against the label before voting.
     """
     config, names = model.config.tta, model.class_names
-    predict = steps.make_predict_step(model.model, model.scale, config)
+    predict = steps.make_voting_step(model.model, model.scale, config)
 
     def by_class(values: Array) -> dict:
         return {name: values[..., i] for i, name in enumerate(names)}
@@ -46,8 +46,8 @@ def make_function(model: trained.Trained) -> Callable[[Array], dict]:
                 ),
                 images,
             )
-            votes = tta.votes_for(out["probs"], theta=config.theta, k=config.k)
-            label, more = votes.labels, {"opposing": votes.opposing}
+            label = out["votes"].labels
+            more = {"opposing": out["votes"].opposing}
         else:
             out = predict(model.variables, images[..., None])
             label, more = out["logits"].argmax(-1), {}

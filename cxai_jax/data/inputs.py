@@ -21,6 +21,7 @@ from cxai_jax.data.store import read_table
 
 COLOURED = 40  # Grey levels between the channels of a pixel that has a colour.
 AHEAD = 32  # Files opened before they are asked for.
+VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npy", ".npz")
 PHOTOGRAPH = 0.2  # Share of such pixels; drawn marks on a scan stay below 0.02.
 
 
@@ -36,7 +37,7 @@ class Found(NamedTuple):
 class Slice(NamedTuple):
     """One image to predict."""
 
-    name: str  # The file, with "#3" appended for the third frame.
+    name: str  # `printable` file, with "#3" appended for the third frame.
     gray: np.ndarray  # uint8 [H, W, 1]
     patient: str  # "" where unknown.
 
@@ -51,26 +52,34 @@ def find(paths: Sequence[str]) -> Found:
     for given in paths:
         matches = [given] if Path(given).exists() else sorted(glob.glob(given))
         if not matches:
-            errors.append((given, "no such file or folder; check the path"))
+            reason = "no such file or folder; check the path"
+            errors.append((printable(given), reason))
         for match in map(Path, matches):
             if not match.is_dir():
                 files[match] = None
                 continue
-            inside = [p for p in sorted(match.rglob("*")) if p.is_file()]
+            inside = sorted(match.rglob("*"))
+            # A link that leads nowhere shall become an error, not be passed over.
+            inside = [p for p in inside if p.is_file() or not p.exists()]
             images = dict.fromkeys(p for p in inside if _looks_like_image(p))
-            ignored += [str(p) for p in inside if p not in images]
+            ignored += [printable(p) for p in inside if p not in images]
             files |= images
             if not images:
-                errors.append((given, "the folder holds no image files"))
+                errors.append((printable(given), "the folder holds no image files"))
             table = match / "patients.csv"
             if table.exists():
                 try:
                     rows = read_table(table, "file", "patient")
                 except ValueError as error:
-                    errors.append((str(table), str(error)))
+                    errors.append((printable(table), str(error)))
                     continue
                 patients |= {match / name: patient for name, patient in rows.items()}
     return Found(list(files), errors, ignored, patients)
+
+
+def printable(path: str | Path) -> str:
+    """The path as text that any file can hold: bytes that are not UTF-8 as \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def open_slices(
@@ -84,9 +93,11 @@ def open_slices(
       patient: id to use instead of the DICOM file's.
 
     Raises:
-      ValueError: if it cannot be read, or is a colour photograph.
+      ValueError: if it cannot be read, or is a volume or a colour photograph.
     """
-    name = str(path)
+    name = printable(path)
+    if name.lower().endswith(VOLUMES):
+        raise ValueError(f"{name}: a volume; save its slices as PNG or DICOM files")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -136,9 +147,10 @@ def coloured_share(frame: np.ndarray) -> float:
 
 
 def _looks_like_image(path: Path) -> bool:
-    if path.name.startswith("."):
+    name = path.name.lower()
+    if name.startswith(".") or name == "dicomdir":  # The index of a DICOM medium.
         return False
-    if path.suffix.lower() in transforms.SUFFIXES:
+    if name.endswith(transforms.SUFFIXES + VOLUMES):  # Volumes become errors.
         return True
     try:  # Scanners name DICOM files by number, without a suffix.
         with path.open("rb") as file:

@@ -172,7 +172,17 @@ def _decode_dicom(data: bytes, window: tuple[float, float] | None) -> list[np.nd
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
     header = pydicom.dcmread(io.BytesIO(data))
-    pixels, bits = pixel_array(header), int(header.BitsStored)
+    if not any(f"{kind}PixelData" in header for kind in ("", "Float", "DoubleFloat")):
+        raise ValueError("a DICOM file without pixels, such as a report or a plan")
+    try:
+        pixels, bits = pixel_array(header), int(header.BitsStored)
+    except RuntimeError as error:
+        if "missing dependencies" not in str(error):
+            raise
+        raise ValueError(
+            f"no decoder is installed for {header.file_meta.TransferSyntaxUID.name}; "
+            "pip install pylibjpeg pylibjpeg-libjpeg, or decompress the file"
+        ) from None
     if header.PhotometricInterpretation == "PALETTE COLOR":
         pixels = apply_color_lut(pixels, header)
         bits = 8 * pixels.itemsize
@@ -180,19 +190,38 @@ def _decode_dicom(data: bytes, window: tuple[float, float] | None) -> list[np.nd
     frames = list(pixels) if several else [pixels]
     if frames[0].ndim == 3:
         return [(frame >> max(0, bits - 8)).astype(np.uint8) for frame in frames]
-    values = [np.asarray(apply_modality_lut(f, header), np.float64) for f in frames]
-    if window:
-        centre, width = window
-    elif header.get("WindowCenter") is not None and header.get("WindowWidth"):
-        centre, width = (
-            float(np.ravel(header[key].value)[0])
-            for key in ("WindowCenter", "WindowWidth")
+    values = [
+        np.asarray(
+            apply_modality_lut(frame, _of_frame(header, i, "PixelValueTransformation")),
+            np.float64,
         )
-    elif header.get("Modality") == "CT":
-        centre, width = LUNG_WINDOW
-    else:
-        low, high = min(v.min() for v in values), max(v.max() for v in values)
-        centre, width = (low + high) / 2, high - low
-    grays = [_stretch(v, centre - width / 2, centre + width / 2) for v in values]
+        for i, frame in enumerate(frames)
+    ]
+    low, high = min(v.min() for v in values), max(v.max() for v in values)
+    grays = []
+    for i, frame in enumerate(values):
+        voi = _of_frame(header, i, "FrameVOILUT")
+        if window:
+            centre, width = window
+        elif voi.get("WindowCenter") is not None and voi.get("WindowWidth"):
+            centre, width = (
+                float(np.ravel(voi[key].value)[0])
+                for key in ("WindowCenter", "WindowWidth")
+            )
+        elif header.get("Modality") == "CT":
+            centre, width = LUNG_WINDOW
+        else:
+            centre, width = (low + high) / 2, high - low
+        grays.append(_stretch(frame, centre - width / 2, centre + width / 2))
     inverted = header.PhotometricInterpretation == "MONOCHROME1"
     return [255 - gray for gray in grays] if inverted else grays
+
+
+def _of_frame(header, index: int, macro: str):
+    """Where the header keeps a frame's values: enhanced DICOM in functional groups."""
+    for groups, place in (("PerFrame", index), ("Shared", 0)):
+        rows = header.get(f"{groups}FunctionalGroupsSequence") or []
+        found = rows[place].get(f"{macro}Sequence") if place < len(rows) else None
+        if found:
+            return found[0]
+    return header
