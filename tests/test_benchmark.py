@@ -197,7 +197,7 @@ def test_peer_computes_the_same_first_loss():
 
 
 def test_committed_results_are_complete():
-    """The committed measurement on a CPU has the rows that the issue's targets need."""
+    """The committed measurement on a CPU has the rows that the README quotes."""
     path = Path(__file__).parents[1] / "experiments" / "results" / "benchmark_cpu.json"
     if not path.exists():
         pytest.skip(
