@@ -57,12 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if probs.shape[1] == 1:
         parser.error(f"{given.run} was scored without voting; use --config.tta.k=31")
     model = trained.load(given.run)
-    model.config.tta.early_exit = True
+    # The run may have been trained without voting and scored with it.
+    model.config.tta.update({"k": probs.shape[1] - 1, "early_exit": True})
     predictor = trained.Predictor(model, make_mesh())
     size, batch = config.data.image_size, predictor.batch_size
     images = np.stack([transforms.squash(image, size) for image in records.images])
     early = [predictor(images[i : i + batch]) for i in range(0, len(images), batch)]
-    found = compare(probs, early, config.tta)
+    found = compare(probs, early, model.config.tta)
     print(json.dumps(found, indent=1))
     return int(found["labels_that_differ"] > 0)
 
