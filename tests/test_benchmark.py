@@ -118,10 +118,11 @@ def test_comparison_refuses_other_files(tmp_path, capsys):
     assert "is not a result of tools.benchmark" in capsys.readouterr().out
 
 
-def test_a_wrong_loss_is_found():
-    assert benchmark_suites.loss_agrees("float32", 0.700, 0.705)
+def test_a_wrong_loss_or_gradient_is_found():
+    assert benchmark_suites.agrees("float32", (0.700, 250.0), (0.705, 251.0))
     for wrong in (0.60, float("nan"), float("inf")):
-        assert not benchmark_suites.loss_agrees("float32", wrong, 0.705)
+        assert not benchmark_suites.agrees("float32", (wrong, 1.0), (0.705, 1.0))
+        assert not benchmark_suites.agrees("float32", (0.705, wrong), (0.705, 1.0))
 
 
 def test_a_wrong_step_cannot_pass_however_fast(tmp_path):

@@ -52,7 +52,7 @@ class Program:
       run: makes that many calls, waits, returns the last call's loss (None without).
       images: images per call.
       about: trace_s, compile_s, cache_hit, bytes_xla, peak_bytes and, of a train step,
-        donated_bytes and state_bytes.
+        donated_bytes, state_bytes and the last call's gradient_norm.
       hlo: text of the optimised program.
     """
 
@@ -210,7 +210,9 @@ def step_program(
         for _ in range(calls):
             state, metrics = compiled(state, split, blocks[done % len(blocks)], key)
             done += 1
-        return float(metrics["loss"][-1])  # Reading it waits for everything before.
+        # Reading them waits for everything before.
+        about["gradient_norm"] = float(metrics["gradient_norm"][-1])
+        return float(metrics["loss"][-1])
 
     return Program(run, batch * steps_per_call, about, compiled.as_text())
 

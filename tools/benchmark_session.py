@@ -189,7 +189,7 @@ def print_row(row: dict) -> None:
     if "pct_floor" in row:
         parts.append(f"{row['pct_floor']:5.1f} % of floor, MFU {row['mfu']:.2f}")
         parts.append(f"{row['gbps']:.1f} GB/s")
-        if row["bytes_xla"] and row["suite"] != "tta":
+        if row.get("bytes_xla") and row["suite"] != "tta":
             ratio = row["bytes_xla"] / (row["bytes_model"] * row["bs"])
             parts.append(f"bytes x{ratio:.2f}")
     if row.get("peak_bytes"):
@@ -202,7 +202,8 @@ def print_row(row: dict) -> None:
             f"| {ratio['median']:.2f}x {name} ({ratio['min']:.2f}-{ratio['max']:.2f})"
         )
     if row["wrong"]:
-        parts.append(f"WRONG LOSS {row['loss']:.6g}, not {row['reference_loss']}")
+        found = f"{row['loss']:.6g} and {row['gradient_norm']:.6g}"
+        parts.append(f"WRONG LOSS, GRADIENT {found}, not {row['reference']}")
     if row["noisy"]:
         cpu = [f"{ratio['cpu']:.2f}x {name}" for name, ratio in row["ratios"].items()]
         parts.append(
