@@ -62,6 +62,8 @@ def main() -> None:
         pairs.append(tuple(pair))
     table = compare(pairs)
     print(describe(table, options.row))
+    published = json.loads(configs[1].to_json())
+    published["data"].pop("data_dir")  # A place on this machine.
     write_json(
         RESULTS / f"alignment_{options.row}.json",
         {
@@ -72,7 +74,7 @@ def main() -> None:
             "table": table,
             "verdict": verdict(table),
             "seeds": SEEDS,
-            "config": json.loads(configs[1].to_json()),
+            "config": published,
             "versions": outcome.versions(),
             "device": jax.devices()[0].device_kind,
         },
