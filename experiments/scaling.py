@@ -1,23 +1,25 @@
-"""python -m experiments.scaling [--tiny] [--out=DIR]
+"""python -m experiments.scaling [--tiny] [--out=DIR] [--budget_s=600]
 
 Milliseconds per step against batch, resolution, devices and images in the data set, and
-milliseconds per image of test-time voting against k; each with its exponent, the slope
-in log-log coordinates (1 is linear), written as JSON and one figure.
+milliseconds per call of test-time voting against k: interleaved samples, the exponent
+between neighbours (the slope in log-log coordinates; 1 is linear), and the roofline
+floor of the same work at the measured copy and matrix-product rates, which says what
+the arithmetic alone would cost. Written as JSON and one figure.
 
-Where the cost is not linear, and why:
-  batch       below 1 at small batches: launching some 900 kernels and the optimiser's
-              pass over all weights do not depend on the batch;
-  resolution  2 in the side, less where a stage's map no longer fills the device;
+What to expect, and why the cost is not linear:
+  batch       below 1: the optimiser's pass over all weights does not depend on the
+              batch, nor, on a GPU, does launching some 900 kernels;
+  resolution  below 2 in the side for the same reason, and by steps where a stage's map
+              is rounded up (224 / 32 = 7 is odd);
   devices     (weak scaling, batch per device fixed) 0 on real ones, as gradients are
               reduced while the backward pass goes on; virtual CPU devices share the
-              cores, so there it is 1 and shows correctness alone;
+              cores, so there it is 1 at best, and the excess is what sharding costs;
   images      0: the split lies on the device and a step gathers its batch;
-  k           1: every mask is a forward pass.
+  k           just below 1: every mask is a forward pass, and the original one more.
 """
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -25,21 +27,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from cxai_jax import host_memory, roofline
+from tools import benchmark_programs as programs
+from tools import benchmark_timing as timing
+from tools.benchmark_session import Session, describe, make_session, measure_roof
 
-def log_slope(values: list[float], times: list[float]) -> float:
-    """The exponent e of times ~ values^e, by least squares."""
-    return float(np.polyfit(np.log(values), np.log(times), 1)[0])
 
-
-def milliseconds(program, *, calls: int, repeats: int) -> float:
-    """Median over `repeats` samples of `calls` calls, after one warm-up."""
-    program.run(1)
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        program.run(calls)
-        samples.append(1e3 * (time.perf_counter() - start) / calls)
-    return statistics.median(samples)
+def exponents(values: list[float], times: list[float]) -> list[float]:
+    """The exponent e of times ~ values^e between each value and the next."""
+    return (np.diff(np.log(times)) / np.diff(np.log(values))).tolist()
 
 
 def sweeps(tiny: bool) -> dict[str, tuple[list[int], dict]]:
@@ -64,14 +60,13 @@ def sweeps(tiny: bool) -> dict[str, tuple[list[int], dict]]:
     }
 
 
-def measure(name: str, value: int, rest: dict, model: dict) -> float:
-    """Milliseconds of one point of one sweep."""
-    from tools import benchmark_programs as programs
-
+def make_program(name: str, value: int, rest: dict, model: dict) -> programs.Program:
+    """The program of one point of one sweep: the full step, or all votes."""
     if name == "k":
-        program = programs.tta_programs(("all",), **rest, **model, **{"tta.k": value})
-        return milliseconds(program["all"], calls=1, repeats=3)
-    shape, fields = dict(rest), {**programs.FULL, **model}
+        return programs.tta_programs(("all",), **rest, **model, **{"tta.k": value})[
+            "all"
+        ]
+    shape = dict(rest)
     if name == "batch":
         shape["batch"] = value
     elif name == "resolution":
@@ -80,29 +75,83 @@ def measure(name: str, value: int, rest: dict, model: dict) -> float:
         shape["count"] = value
     else:
         shape |= {"devices": value, "batch": value * rest["batch"]}
-    calls = 2 if jax.default_backend() == "cpu" else 20
-    return milliseconds(
-        programs.step_program(**shape, **fields), calls=calls, repeats=3
-    )
+    return programs.step_program(**shape, **programs.FULL, **model)
+
+
+def floor_ms(name: str, value: int, rest: dict, session: Session) -> float | None:
+    """Milliseconds that the kernels of a ResNet-50 need for a point at best."""
+    if session.model != "resnet50" or name not in ("batch", "resolution", "k"):
+        return None
+    machine, itemsize = session.machine, session.itemsize
+    if name == "k":
+        batch = (1 + value) * rest["images"]
+        shape = {"batch": batch, "itemsize": itemsize, "size": rest["size"]}
+        return batch * roofline.floor_us("infer_folded", machine, **shape) / 1e3
+    shape = {**rest, "itemsize": itemsize}
+    shape["batch" if name == "batch" else "size"] = value
+    works = [roofline.floor_us(w, machine, **shape) for w in ("train", "forward")]
+    update = roofline.optimizer_us(machine, batch=shape["batch"])
+    return shape["batch"] * (sum(works) + update) / 1e3
+
+
+def measure(name: str, values: list[int], rest: dict, session: Session) -> dict:
+    """One sweep: its points take turns, so that drift hits all alike."""
+    made = {v: make_program(name, v, rest, session.fields) for v in values}
+    contenders = [timing.Contender(str(v), made[v].run) for v in values]
+    rounds = session.interleave(contenders, warmup=2)
+    taken = [timing.times(rounds, str(v)) for v in values]
+    floors = [floor_ms(name, v, rest, session) for v in values]
+    times = [t["p50"] for t in taken]
+    return {
+        "values": values,
+        "fixed": rest,
+        "ms": times,
+        "min": [t["min"] for t in taken],
+        "max": [t["max"] for t in taken],
+        "floor_ms": None if None in floors else floors,
+        "exponents": exponents(values, times),
+        "foreign_load": [timing.foreign_load(rounds, str(v)) for v in values],
+        "peak_bytes": [made[v].about["peak_bytes"] for v in values],
+    }
+
+
+def print_sweep(name: str, sweep: dict) -> None:
+    parts = [f"{v}: {t:.1f}" for v, t in zip(sweep["values"], sweep["ms"], strict=True)]
+    slopes = ", ".join(f"{e:.2f}" for e in sweep["exponents"])
+    print(f"{name:10} ms at {', '.join(parts)}; exponents {slopes}", flush=True)
 
 
 def plot(result: dict, path: Path) -> None:
-    """One panel per sweep, log-log, with the exponent in its title."""
+    """One panel per sweep, log-log: range and median, and the floor where known."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     found = result["sweeps"]
-    figure, panels = plt.subplots(1, len(found), figsize=(3.2 * len(found), 3))
-    for panel, (name, sweep) in zip(panels, found.items(), strict=True):
-        panel.loglog(sweep["values"], sweep["ms"], "o-", color="black")
-        panel.set_title(f"{name}: exponent {sweep['exponent']:.2f}", fontsize=10)
-        panel.set_xticks(sweep["values"], [str(v) for v in sweep["values"]])
+    figure, panels = plt.subplots(1, len(found), figsize=(3.2 * len(found), 3.2))
+    for panel, (name, sweep) in zip(np.atleast_1d(panels), found.items(), strict=True):
+        values, times = sweep["values"], np.array(sweep["ms"])
+        spread = [times - sweep["min"], np.array(sweep["max"]) - times]
+        panel.errorbar(values, times, spread, fmt="o-", color="black", capsize=2)
+        low = times.min()
+        if floor := sweep["floor_ms"]:
+            panel.plot(values, floor, ":", color="black")
+            panel.annotate("floor", (values[-1], floor[-1]), ha="right", va="top")
+            low = min(floor)
+        slopes = ", ".join(f"{e:.2f}" for e in sweep["exponents"])
+        panel.set(xscale="log", yscale="log", xlabel=name)
+        panel.set_title(f"exponents {slopes}", fontsize=9)
+        panel.set_xticks(values, [str(v) for v in values])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(ScalarFormatter())
         panel.minorticks_off()
-        panel.set_ylim(min(sweep["ms"]) / 2, max(sweep["ms"]) * 2)
-    panels[0].set_ylabel("ms")
-    figure.suptitle(f"{result['model']} on {result['device']}", fontsize=10)
+        panel.set_ylim(low / 2, 2 * times.max())
+    np.atleast_1d(panels)[0].set_ylabel("ms")
+    dtype, kind = result["dtype"], result["device"]["kind"]
+    cpu = result["host"]["cpu"] if kind == "cpu" else kind
+    figure.suptitle(f"{result['model']}, {dtype}, {cpu}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -114,38 +163,33 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results"))
     parser.add_argument("--budget_s", type=float, default=600.0)
     given = parser.parse_args(arguments)
-    deadline = time.monotonic() + given.budget_s
+    host_memory.keep_freed_memory()
     jax.config.update("jax_num_cpu_devices", 2 if given.tiny else 8)
-    on_cpu = jax.default_backend() == "cpu"
-    model = {
-        "model.name": "tiny" if given.tiny else "resnet50",
-        "model.dtype": "float32" if on_cpu else "bfloat16",
-    }
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "model": model["model.name"],
-        "dtype": model["model.dtype"],
-        "sweeps": {},
-        "skipped": [],
-    }
+    session = make_session(
+        model="tiny" if given.tiny else "resnet50",
+        deadline=time.monotonic() + given.budget_s,
+    )
+    if session.calls > 20:
+        session.calls = 20
+    measure_roof(session)
+    found = {}
     for name, (values, rest) in sweeps(given.tiny).items():
         if name == "devices":
             values = [v for v in values if v <= jax.device_count()]
-        if len(values) < 2 or time.monotonic() > deadline:
-            result["skipped"].append(name)
-            continue
-        times = [measure(name, value, rest, model) for value in values]
-        exponent = log_slope(values, times)
-        result["sweeps"][name] = {"values": values, "ms": times, "exponent": exponent}
-        shown = ", ".join(
-            f"{v}: {t:.1f} ms" for v, t in zip(values, times, strict=True)
-        )
-        print(f"{name:10} {shown}; exponent {exponent:.2f}", flush=True)
+        if len(values) > 1 and session.time_left(name):
+            found[name] = measure(name, values, rest, session)
+            print_sweep(name, found[name])
+    result = describe(session) | {
+        "model": session.model,
+        "dtype": session.dtype,
+        "sweeps": found,
+    }
+    del result["rows"]
     given.out.mkdir(parents=True, exist_ok=True)
-    name = f"scaling_{jax.default_backend()}"
-    (given.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, given.out / f"{name}.png")
-    print(f"written: {given.out / name}.json and .png")
+    path = given.out / f"scaling_{jax.default_backend()}"
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, path.with_suffix(".png"))
+    print(f"written: {path}.json and .png")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cxai_jax import roofline
 from experiments import gpu_report, scaling
 from tools import benchmark, benchmark_compare, benchmark_suites, benchmark_timing
 from tools import benchmark_programs as programs
+from tools.benchmark_session import make_session
 from tools.benchmark_timing import Contender, Sample
 
 
@@ -243,4 +245,17 @@ def test_targets_are_judged_in_their_direction():
 
 def test_exponent_of_a_power_law():
     values = [1, 2, 4, 8]
-    assert scaling.log_slope(values, [3 * v**1.5 for v in values]) == pytest.approx(1.5)
+    found = scaling.exponents(values, [3 * v**1.5 for v in values])
+    assert found == pytest.approx([1.5] * 3)
+
+
+def test_floor_of_a_sweep_grows_with_its_work():
+    session = make_session()
+    session.machine = roofline.Machine(bytes_per_s=1e10, flops_per_s=1e11)
+    rest = {"batch": 4, "size": 224}
+    one, eight = (scaling.floor_ms("batch", b, rest, session) for b in (1, 8))
+    assert one < eight < 8 * one  # The optimiser's pass does not depend on the batch.
+    rest = {"images": 2, "size": 224}
+    votes = [scaling.floor_ms("k", k, rest, session) for k in (8, 16)]
+    assert votes[1] < 2 * votes[0]
+    assert scaling.floor_ms("devices", 2, rest, session) is None

@@ -272,7 +272,7 @@ def epoch_program(residency: str, *, batch: int, count: int, **fields) -> Progra
 def tta_programs(
     kinds: tuple[str, ...], *, images: int, size: int = 224, **fields
 ) -> dict[str, Program]:
-    """Test-time voting, k = 31, as one Program per kind.
+    """Test-time voting, k = 31 unless given, as one Program per kind.
 
     Args:
       kinds: "all" runs every mask in one graph; a key of OPPOSING stops when the label
@@ -304,7 +304,7 @@ def tta_programs(
     }
 
     def check(kind: str, number: int, labels: Array, theta: float) -> None:
-        expected = tta.vote(probs[number], theta=theta)
+        expected = tta.vote(probs[number], theta=theta, k=plain.config.k)
         if (np.asarray(labels) != np.asarray(expected)).any():
             raise RuntimeError(f"{kind}: a label differs from that of all votes")
 
@@ -319,7 +319,8 @@ def tta_programs(
             pairs = list(zip(found, probs, strict=True))
             difference = max(float(np.abs(a - b).max()) for a, b in pairs)
             for number, theta in itertools.product(range(ROTATION), thetas.values()):
-                check(kind, number, tta.vote(found[number], theta=theta), theta)
+                labels = tta.vote(found[number], theta=theta, k=plain.config.k)
+                check(kind, number, labels, theta)
             run = in_turn(lambda number, call=call: call(given[number]))
             told = about | {"largest_difference": difference}
             result[kind] = Program(run, images, told, chosen.hlo)
