@@ -85,6 +85,31 @@ def test_depthwise(k, stride, padding, size):
     agree(*forms, normal(0, 2, *size, 3), normal(1, k, k, 1, 3))
 
 
+@pytest.mark.parametrize(
+    "k,stride,padding,size",
+    [(3, 1, 1, (2, 3)), (3, 2, 1, (5, 4)), (5, 2, "SAME", (3, 4)), (3, 1, 1, (1, 1))],
+)
+def test_conv_on_a_small_map(monkeypatch, k, stride, padding, size):
+    monkeypatch.setattr(lowering, "SMALL_MAP_CHANNELS", 2)
+    forms = [
+        functools.partial(lowering.conv, stride=stride, padding=padding, lowering=name)
+        for name in ("tuned", "xla")
+    ]
+    agree(*forms, normal(0, 2, *size, 3), normal(1, k, k, 3, 4))
+
+
+def test_only_wide_and_small_maps_are_cut_into_patches():
+    def is_convolution(side, channels, form="tuned"):
+        x, kernel = jnp.zeros((1, side, side, channels)), jnp.zeros((3, 3, channels, 4))
+        conv = functools.partial(lowering.conv, padding=1, lowering=form)
+        return "conv_general_dilated" in str(jax.make_jaxpr(conv)(x, kernel))
+
+    assert not is_convolution(4, 128)
+    assert is_convolution(5, 128)
+    assert is_convolution(4, 64)
+    assert is_convolution(4, 128, "xla")
+
+
 @pytest.mark.parametrize("size", [(6, 6), (5, 4), (1, 1)])
 def test_max_pool(size):
     forms = [
@@ -174,7 +199,7 @@ def test_no_scatter_in_the_tuned_pool_gradient():
 
 
 def test_one_table_decides(monkeypatch):
-    names = {"conv1x1", "depthwise", "max_pool", "batch_norm"}
+    names = {"conv1x1", "small_map", "depthwise", "max_pool", "batch_norm"}
     assert all(set(row) == names for row in lowering.AUTO.values())
     for backend, row in lowering.AUTO.items():
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)

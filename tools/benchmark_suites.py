@@ -290,6 +290,7 @@ def measure_ops(session: Session) -> None:
             array(1, 1, 1024, 256),
             (side // 4, 1024),
         ),
+        "conv3x3, small map": (lowering.conv, array(3, 3, 512, 512), (2, 512)),
         "depthwise 3x3": (lowering.conv, array(3, 3, 1, 4 * side), (side, 4 * side)),
         "max_pool": (lambda x, _, **kw: lowering.max_pool(x, **kw), None, (side, 64)),
         "batch_norm": (

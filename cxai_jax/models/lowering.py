@@ -6,7 +6,8 @@ built from ordinary operations and from each other, so they can be differentiate
 number of times, which the alignment loss needs. They serve reverse mode only.
 
 What is slow on CPU: the weight gradient of a 1x1 convolution (XLA emits a convolution
-whose window is the whole image), the gradient of max pooling (a scatter), depthwise
+whose window is the whole image), full convolutions on small maps (on 2x2 pixels of 512
+channels by a factor of fifty), the gradient of max pooling (a scatter), depthwise
 convolutions (forward and both gradients) and sums over batch and space.
 """
 
@@ -29,23 +30,30 @@ Padding = Literal["SAME"] | int
 AUTO = {
     "cpu": {
         "conv1x1": "tuned",
+        "small_map": "tuned",
         "depthwise": "tuned",
         "max_pool": "tuned",
         "batch_norm": "tuned",
     },
     "gpu": {
         "conv1x1": "xla",
+        "small_map": "xla",
         "depthwise": "xla",
         "max_pool": "tuned",
         "batch_norm": "xla",
     },
     "tpu": {
         "conv1x1": "xla",
+        "small_map": "xla",
         "depthwise": "xla",
         "max_pool": "xla",
         "batch_norm": "xla",
     },
 }
+
+# A map of at most 4x4 pixels is small. On 7x7 patches win alone and cost a whole
+# training step a fortieth; with few channels a convolution is fast on any map.
+SMALL_MAP, SMALL_MAP_CHANNELS = 4, 128
 
 
 def is_tuned(operation: str, lowering: Lowering) -> bool:
@@ -87,8 +95,12 @@ def conv(
     depthwise = fan_in != x.shape[-1]
     if k == 1 and not depthwise and is_tuned("conv1x1", lowering):
         return _conv1x1(x, kernel, stride)
+    window = _Window(k, stride, pads, size)
     if depthwise and is_tuned("depthwise", lowering):
-        return _depthwise(_Window(k, stride, pads, size), x, kernel[:, :, 0])
+        return _depthwise(window, x, kernel[:, :, 0])
+    small = max(window.out) <= SMALL_MAP and fan_in >= SMALL_MAP_CHANNELS
+    if small and is_tuned("small_map", lowering):
+        return _conv_of_patches(window, x, kernel)
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -294,6 +306,17 @@ def _scatter(
 def _once(x: Array) -> Array:
     """Keeps XLA from computing `x` anew for every slice or consumer of it."""
     return lax.optimization_barrier(x)
+
+
+# --- full convolution on a small map: a matrix product of its patches -----------------
+
+
+def _conv_of_patches(window: _Window, x: Array, kernel: Array) -> Array:
+    at = _shifts(window, x)
+    patches = jnp.stack([at(u, v) for u, v in window.taps], 3)  # [B, *out, k k, C]
+    weights = kernel.reshape(-1, kernel.shape[-1])
+    y = _matmul(patches.reshape(-1, len(weights)), weights)
+    return y.reshape(*patches.shape[:3], -1)
 
 
 # --- depthwise convolution: y, dx and dw are the three faces of one trilinear form ----
