@@ -53,7 +53,7 @@ def sweeps(tiny: bool) -> dict[str, tuple[list[int], dict]]:
     rest = {"batch": 4 if small else 64, "size": 224}
     return {
         "batch": ([1, 2, 4, 8] if small else [8, 16, 32, 64, 128, 256], rest),
-        "resolution": ([64, 96, 128, 224] if small else [96, 160, 224, 320], rest),
+        "resolution": ([64, 96, 128, 160, 224] if small else [96, 160, 224, 320], rest),
         "devices": ([1, 2, 4, 8], {**rest, "size": 64 if small else 224}),
         "images": ([64, 512, 4096], {**rest, "size": 64 if small else 224}),
         "k": ([4, 8, 16, 31], {"images": 1 if small else 16, "size": 224}),

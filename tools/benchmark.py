@@ -52,10 +52,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--budget_s", type=float, default=300.0)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--size", type=int, default=224, help="pixels, not of smoke")
+    parser.add_argument("--model", default="resnet50", help="not of smoke or the peer")
     given = parser.parse_args(arguments)
     suites = given.suites or ["smoke"]
     if unknown := set(suites) - set(known):
         parser.error(f"unknown suite {sorted(unknown)[0]!r}; known: {', '.join(known)}")
+    if given.peer != "none" and given.model != "resnet50":
+        parser.error(f"--peer compares a resnet50, not {given.model}; leave one out")
     if given.device != "auto":
         name = "cuda" if given.device == "gpu" else given.device
         jax.config.update("jax_platforms", name)
@@ -66,7 +70,11 @@ def main(arguments: list[str]) -> int:
         session.deadline = deadline
     else:
         session = make_session(
-            deadline=deadline, peer=given.peer == "torch", repeats=given.repeats
+            deadline=deadline,
+            peer=given.peer == "torch",
+            repeats=given.repeats,
+            size=given.size,
+            model=given.model,
         )
     result = run_suites(session, suites)
     if given.json:

@@ -242,6 +242,8 @@ def describe(session: Session) -> dict:
         | {name: installed[name] for name in packages if name in installed},
         "flags": {n: os.environ[n] for n in HOST_ENVIRONMENT if n in os.environ},
         "lowering": lowering.AUTO.get(jax.default_backend(), lowering.AUTO["gpu"]),
+        "model": session.model,
+        "size": session.size,
         "roof": session.roof,
         "rows": session.rows,
         "skipped": session.skipped,
