@@ -80,6 +80,8 @@ def result_of(ms=10.0, ratio=None, noisy=False, wrong=False, kind="cpu"):
         "suite": "step_plain",
         "variant": "plain",
         "dtype": "float32",
+        "model": "resnet50",
+        "size": 224,
         "bs": 8,
         "ms": {"p50": ms},
         "ratios": {} if ratio is None else {"published": {"median": ratio}},

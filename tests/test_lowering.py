@@ -98,6 +98,22 @@ def test_conv_on_a_small_map(monkeypatch, k, stride, padding, size):
     agree(*forms, normal(0, 2, *size, 3), normal(1, k, k, 3, 4))
 
 
+@pytest.mark.parametrize(
+    "k,stride,padding,size,channels",
+    [(7, 2, 3, (8, 10), 3), (7, 2, 3, (9, 7), 1), (3, 2, "SAME", (8, 7), 3)],
+)
+def test_stem(k, stride, padding, size, channels):
+    forms = [
+        functools.partial(lowering.conv, stride=stride, padding=padding, lowering=name)
+        for name in ("tuned", "xla")
+    ]
+    x, kernel = normal(0, 2, *size, channels), normal(1, k, k, channels, 4)
+    agree(*forms, x, kernel)
+    strides = ["window_strides=(1, 1)", f"window_strides=({stride}, {stride})"]
+    for form, expected in zip(forms, strides, strict=True):
+        assert expected in str(jax.make_jaxpr(form)(x, kernel))
+
+
 def test_only_wide_and_small_maps_are_cut_into_patches():
     def is_convolution(side, channels, form="tuned"):
         x, kernel = jnp.zeros((1, side, side, channels)), jnp.zeros((3, 3, channels, 4))
@@ -199,7 +215,7 @@ def test_no_scatter_in_the_tuned_pool_gradient():
 
 
 def test_one_table_decides(monkeypatch):
-    names = {"conv1x1", "small_map", "depthwise", "max_pool", "batch_norm"}
+    names = {"conv1x1", "small_map", "stem", "depthwise", "max_pool", "batch_norm"}
     assert all(set(row) == names for row in lowering.AUTO.values())
     for backend, row in lowering.AUTO.items():
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)

@@ -16,7 +16,8 @@ REFERENCES = ("published", "naive", "fair_eval", "fair_train", "plain", "all", "
 
 
 def row_key(row: dict) -> tuple:
-    return tuple(row[name] for name in ("suite", "variant", "dtype", "bs"))
+    names = ("suite", "variant", "model", "size", "dtype", "bs")
+    return tuple(row[name] for name in names)
 
 
 def read(path: Path) -> dict:

@@ -26,7 +26,7 @@ from cxai_jax.types import Array, Batch
 CLASSES = 2
 ROTATION = 4  # Batches that take turns, so that no call repeats the one before.
 TOTAL_STEPS = 1000  # Only schedules read it.
-REUSE = "_reuse"
+LOOP, REUSE = "loop", "_reuse"
 OPPOSING = {"early_unanimous": 0.0, "early_5_percent": 0.05, "early_undecided": 0.5}
 
 # The step by what it does; everything else is configs/common.py. Unit vectors keep the
@@ -277,7 +277,8 @@ def tta_programs(
     Args:
       kinds: "all" runs every mask in one graph; a key of OPPOSING stops when the label
         is certain, at a threshold that makes that share of the votes oppose. Either
-        with "_reuse" at its end runs the first layers on crops.
+        with "_reuse" at its end runs the first layers on crops. "loop" calls the same
+        compiled forward pass once per mask.
       images: images voted on per call.
       size: pixels, side of the input.
       **fields: config fields by dotted name.
@@ -286,8 +287,9 @@ def tta_programs(
       ValueError: for an unknown kind, or reuse where it is impossible.
       RuntimeError: if stopping early or reuse gives another label than all votes do.
     """
-    if unknown := {k.removesuffix(REUSE) for k in kinds} - {"all", *OPPOSING}:
-        raise ValueError(f"unknown kinds {unknown}; known: all, {', '.join(OPPOSING)}")
+    if unknown := {k.removesuffix(REUSE) for k in kinds} - {"all", LOOP, *OPPOSING}:
+        known = ", ".join(("all", LOOP, *OPPOSING))
+        raise ValueError(f"unknown kinds {unknown}; known: {known}")
     voting = {"tta.k": 31, "tta.patch": max(1, size // 28)}  # 8 pixels of 224.
     plain = Voting(size, {"data.image_size": size, **voting, **fields}, "off")
     reuse = None
@@ -311,6 +313,15 @@ def tta_programs(
     result = {}
     for kind in kinds:
         chosen = reuse if kind.endswith(REUSE) else plain
+        if kind == LOOP:
+            for number, batch in enumerate(given):
+                looped = np.asarray(plain.one_by_one(batch))
+                for theta in thetas.values():
+                    labels = tta.vote(looped, theta=theta, k=plain.config.k)
+                    check(kind, number, labels, theta)
+            run = in_turn(lambda number: plain.one_by_one(given[number]))
+            result[kind] = Program(run, images)
+            continue
         if kind.removesuffix(REUSE) == "all":
             call, found = compiled, probs
             if chosen is reuse:
@@ -359,6 +370,26 @@ class Voting:
         compiled, about = compile_timed(self.predict, self.variables, images)
         self.hlo = compiled.as_text()
         return functools.partial(compiled, self.variables), about
+
+    def one_by_one(self, images) -> Array:
+        """Probabilities of all variants, each from a call with one image."""
+        seen = self.look(self.variables, images)
+        masks = tta.plan_masks(
+            seen["images"],
+            seen["cells"],
+            grid=self.size // self.config.patch,
+            fill=self.config.fill,
+        )
+
+        def probs(row: int, masked: int) -> Array:
+            variant = tta.masked_rows(masks, np.array([row]), np.array([masked]))
+            return self.forward(variant)[0]
+
+        votes = [
+            jnp.stack([probs(row, 1 + turn) for turn in range(self.config.k)])
+            for row in range(len(images))
+        ]
+        return jnp.concatenate([seen["probs"][:, None], jnp.stack(votes)], 1)
 
     def early(self, images, *, theta: float) -> tta.EarlyVotes:
         """Votes until the labels are certain."""

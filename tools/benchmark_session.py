@@ -143,6 +143,8 @@ def add_row(
     row = {
         "suite": suite,
         "variant": variant,
+        "model": session.model,
+        "size": session.size,
         "dtype": session.dtype,
         "bs": program.images,
         "steps": session.calls,
@@ -193,7 +195,8 @@ def print_row(row: dict) -> None:
             ratio = row["bytes_xla"] / (row["bytes_model"] * row["bs"])
             parts.append(f"bytes x{ratio:.2f}")
     if row.get("peak_bytes"):
-        parts.append(f"peak {row['peak_bytes'] / 2**20:.0f} MB")
+        peak = row["peak_bytes"] / 2**20
+        parts.append(f"peak {peak:.0f} MB, {peak / row['bs']:.0f} per image")
     if row.get("compile_s"):
         cached = " cached" if row.get("cache_hit") else ""
         parts.append(f"compile {row['compile_s']:.1f} s{cached}")
@@ -242,8 +245,6 @@ def describe(session: Session) -> dict:
         | {name: installed[name] for name in packages if name in installed},
         "flags": {n: os.environ[n] for n in HOST_ENVIRONMENT if n in os.environ},
         "lowering": lowering.AUTO.get(jax.default_backend(), lowering.AUTO["gpu"]),
-        "model": session.model,
-        "size": session.size,
         "roof": session.roof,
         "rows": session.rows,
         "skipped": session.skipped,

@@ -7,6 +7,7 @@ Later losses would tell nothing: an untrained ResNet-50 amplifies a change of it
 weights by 1e-7 to a tenth of the third loss.
 """
 
+import functools
 import gc
 import math
 from typing import NamedTuple
@@ -75,6 +76,7 @@ STEPS = {
 STEPS["smoke"] = STEPS["step_full"]
 VOTING = (
     "all",
+    programs.LOOP,
     "early_unanimous",
     "early_5_percent",
     "early_undecided",
@@ -191,7 +193,7 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
     """Test-time voting: every mask in one graph, stopping early, reusing layers."""
     if not session.time_left("tta"):
         return
-    if session.model == "tiny":  # It declares no prefix.
+    if not session.model.startswith("resnet"):  # Others declare no prefix.
         kinds = tuple(kind for kind in kinds if not kind.endswith(programs.REUSE))
     made = programs.tta_programs(
         kinds, images=session.voting_images, size=session.size, **session.fields
@@ -217,7 +219,8 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
             # With reuse most of a forward pass is not run: no floor of ours fits.
             works=() if kind.endswith(programs.REUSE) else ("infer_folded",),
             forwards=program.about.get("forwards_per_image", 32.0),
-            compare=({} if kind == "all" else {"all": "all"}) | {n: n for n in peers},
+            compare={n: n for n in ("all", programs.LOOP) if n in made and n != kind}
+            | {n: n for n in peers},
         )
     for peer in peers.values():
         peer.close()
@@ -291,6 +294,11 @@ def measure_ops(session: Session) -> None:
             (side // 4, 1024),
         ),
         "conv3x3, small map": (lowering.conv, array(3, 3, 512, 512), (2, 512)),
+        "stem": (
+            functools.partial(lowering.conv, stride=2, padding=3),
+            array(7, 7, 3, 64),
+            (session.size, 3),
+        ),
         "depthwise 3x3": (lowering.conv, array(3, 3, 1, 4 * side), (side, 4 * side)),
         "max_pool": (lambda x, _, **kw: lowering.max_pool(x, **kw), None, (side, 64)),
         "batch_norm": (

@@ -25,12 +25,14 @@ from cxai_jax.types import Array
 Lowering = Literal["auto", "xla", "tuned"]
 Padding = Literal["SAME"] | int
 
-# "auto", by backend. Only what has been measured to gain is tuned, with one exception:
-# the scatter in XLA's max-pool gradient has no deterministic form on GPUs.
+# "auto", by backend. Only what has been measured to gain is tuned, with two exceptions:
+# the scatter in XLA's max-pool gradient has no deterministic form on GPUs, and the stem
+# on TPUs follows Google's and NVIDIA's MLPerf ResNets; it is a loss on CPU.
 AUTO = {
     "cpu": {
         "conv1x1": "tuned",
         "small_map": "tuned",
+        "stem": "xla",
         "depthwise": "tuned",
         "max_pool": "tuned",
         "batch_norm": "tuned",
@@ -38,6 +40,7 @@ AUTO = {
     "gpu": {
         "conv1x1": "xla",
         "small_map": "xla",
+        "stem": "xla",
         "depthwise": "xla",
         "max_pool": "tuned",
         "batch_norm": "xla",
@@ -45,6 +48,7 @@ AUTO = {
     "tpu": {
         "conv1x1": "xla",
         "small_map": "xla",
+        "stem": "tuned",
         "depthwise": "xla",
         "max_pool": "xla",
         "batch_norm": "xla",
@@ -54,6 +58,7 @@ AUTO = {
 # A map of at most 4x4 pixels is small. On 7x7 patches win alone and cost a whole
 # training step a fortieth; with few channels a convolution is fast on any map.
 SMALL_MAP, SMALL_MAP_CHANNELS = 4, 128
+STEM_CHANNELS = 4  # At most, of what counts as a stem: an image.
 
 
 def is_tuned(operation: str, lowering: Lowering) -> bool:
@@ -101,6 +106,9 @@ def conv(
     small = max(window.out) <= SMALL_MAP and fan_in >= SMALL_MAP_CHANNELS
     if small and is_tuned("small_map", lowering):
         return _conv_of_patches(window, x, kernel)
+    stem = stride > 1 and k > 1 and not depthwise and fan_in <= STEM_CHANNELS
+    if stem and is_tuned("stem", lowering):
+        return _conv_of_blocks(window, x, kernel)
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -317,6 +325,34 @@ def _conv_of_patches(window: _Window, x: Array, kernel: Array) -> Array:
     weights = kernel.reshape(-1, kernel.shape[-1])
     y = _matmul(patches.reshape(-1, len(weights)), weights)
     return y.reshape(*patches.shape[:3], -1)
+
+
+# --- strided convolution of an image: blocks of pixels become channels ----------------
+
+
+def _conv_of_blocks(window: _Window, x: Array, kernel: Array) -> Array:
+    """Space to depth: stride 1 over blocks whose channels fill a matrix unit."""
+    batch, _, _, channels = x.shape
+    step, taps = window.stride, -(-window.k // window.stride)
+    rows, cols = (n + taps - 1 for n in window.out)  # Blocks that are read.
+    pads = [
+        (before, blocks * step - before - size, 0)
+        for blocks, (before, _), size in zip(
+            (rows, cols), window.pads, window.size, strict=True
+        )
+    ]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    x = x.reshape(batch, rows, step, cols, step, channels).swapaxes(2, 3)
+    missing = (0, taps * step - window.k)
+    kernel = jnp.pad(kernel, (missing, missing, (0, 0), (0, 0)))
+    kernel = kernel.reshape(taps, step, taps, step, channels, -1).swapaxes(1, 2)
+    return lax.conv_general_dilated(
+        x.reshape(batch, rows, cols, -1),
+        kernel.reshape(taps, taps, step * step * channels, -1),
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 # --- depthwise convolution: y, dx and dw are the three faces of one trilinear form ----
