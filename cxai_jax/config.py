@@ -20,7 +20,12 @@ FREE_FIELDS = (
     "train.keep_checkpoints",
 )
 # Fields that older runs lack, and the value with which they behave as they did.
-ADDED_FIELDS = {"tta.prefix_reuse": "off"}
+ADDED_FIELDS = {
+    "tta.prefix_reuse": "off",
+    "model.projection": 0,
+    "contrastive.weight": 0.0,
+    "contrastive.temperature": 0.05,
+}
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -89,7 +94,7 @@ def claim_workdir(config: ConfigDict, workdir: Path, *, write: bool = True) -> N
     now = json.loads(config.to_json())
     begun = any((workdir / "checkpoints").glob("*/*"))
     if path.exists() and (begun or (workdir / "results.json").exists()):
-        new, old = flatten(now), flatten(json.loads(path.read_text()))
+        new, old = flatten(now), ADDED_FIELDS | flatten(json.loads(path.read_text()))
         differing = [
             f"config.{name} is {new.get(name)!r} here and {old.get(name)!r} there"
             for name in sorted(new.keys() | old.keys())
@@ -120,5 +125,5 @@ def read_config(workdir: Path) -> ConfigDict:
     config = json.loads(path.read_text())
     for name, value in ADDED_FIELDS.items():
         group, _, field = name.partition(".")
-        config[group].setdefault(field, value)
+        config.setdefault(group, {}).setdefault(field, value)
     return ConfigDict(config)

@@ -18,7 +18,7 @@ from cxai_jax.grid import interpolation_matrix
 
 INK = "#010203"  # Near black on paper, the page's own text colour in an SVG.
 COLOURS = ("#3b82c4", "#e07a2f", "#2f9e77", "#b0569b", "#8a8f2f", "#7b6bd6")
-LOSS_TERMS = ("cross_entropy", "cpe", "align", "outside_mask")
+LOSS_TERMS = ("cross_entropy", "cpe", "contrastive", "align", "outside_mask")
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 STYLE = {
     "svg.fonttype": "none",  # Text stays text: searchable and read aloud.

@@ -2,7 +2,7 @@
 
     augment -> clean forward (no gradient) -> class map of the true label
             -> mix(images, labels, maps) -> forward of the mixed batch
-            -> mixed cross-entropy + CPE + alignment -> optimiser
+            -> mixed cross-entropy + CPE + NT-Xent + alignment -> optimiser
 
 The clean forward runs once and serves both SnapMix and CPE (the published step runs it
 twice); without mixing one forward serves everything. Randomness is
@@ -67,6 +67,11 @@ def check_config(config) -> None:
     for field, (value, names) in known.items():
         if value not in names:
             raise ValueError(f"{field} is {value!r}; known: {', '.join(names)}")
+    if config.contrastive.weight > 0 and not config.model.projection:
+        raise ValueError(
+            f"config.contrastive.weight is {config.contrastive.weight}, but "
+            "config.model.projection is 0: give the embedding a width, such as 128"
+        )
 
 
 def make_train_step(
@@ -92,6 +97,7 @@ def make_train_step(
     """
     check_config(config)
     mix, cpe, align = config.mix, config.cpe, config.align
+    contrastive = config.contrastive
     mixed = mix.name != "none"
     use_clean_maps = mix.name == "snapmix" or (
         mixed and cpe.weight > 0 and cpe.cam_source == "clean"
@@ -173,6 +179,14 @@ def make_train_step(
                     negatives=cpe.negatives,
                 ).mean()
                 loss += cpe.weight * terms["cpe"]
+            if contrastive.weight > 0:
+                embeddings = model.apply(
+                    {"params": params}, out.features, method="project"
+                )
+                terms["contrastive"] = losses.supervised_nt_xent(
+                    embeddings, dominant, temperature=contrastive.temperature
+                ).mean()
+                loss += contrastive.weight * terms["contrastive"]
             if use_alignment:
                 variables = {"params": params, "batch_stats": batch_stats}
                 value, extra = alignment_terms(

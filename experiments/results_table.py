@@ -74,6 +74,7 @@ def method(config: dict) -> str:
     parts = ["cross-entropy"]
     parts += [config["mix"]["name"]] * (config["mix"]["name"] != "none")
     parts += ["CPE"] * (config["cpe"]["weight"] > 0)
+    parts += ["NT-Xent"] * (config.get("contrastive", {}).get("weight", 0) > 0)
     parts += ["alignment"] * (config["align"]["weight"] > 0)
     parts += ["lung mask"] * (config["align"]["mask_weight"] > 0)
     return " + ".join(parts)

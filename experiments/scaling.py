@@ -7,15 +7,16 @@ floor of the same work at the measured copy and matrix-product rates, which says
 the arithmetic alone would cost. Written as JSON and one figure.
 
 What to expect, and why the cost is not linear:
-  batch       below 1: the optimiser's pass over all weights does not depend on the
-              batch, nor, on a GPU, does launching some 900 kernels;
-  resolution  below 2 in the side for the same reason, and by steps where a stage's map
-              is rounded up (224 / 32 = 7 is odd);
+  batch       below 1: reading the weights, 94 MB, and updating them does not depend on
+              the batch, nor, on a GPU, does launching some 900 kernels; and the last
+              stage has 49 pixels per image, too few rows for a fast matrix product;
+  resolution  below 2 in the side for the same reasons, the more the smaller the maps;
   devices     (weak scaling, batch per device fixed) 0 on real ones, as gradients are
               reduced while the backward pass goes on; virtual CPU devices share the
               cores, so there it is 1 at best, and the excess is what sharding costs;
   images      0: the split lies on the device and a step gathers its batch;
-  k           just below 1: every mask is a forward pass, and the original one more.
+  k           below 1: every mask is a forward pass, but the original is one as well,
+              and few masks make a small batch.
 """
 
 import argparse
@@ -138,7 +139,9 @@ def plot(result: dict, path: Path) -> None:
         low = times.min()
         if floor := sweep["floor_ms"]:
             panel.plot(values, floor, ":", color="black")
-            panel.annotate("floor", (values[-1], floor[-1]), ha="right", va="top")
+            place = (values[-1], floor[-1])
+            shift = {"xytext": (0, -9), "textcoords": "offset points"}
+            panel.annotate("floor", place, **shift, ha="right", va="top")
             low = min(floor)
         slopes = ", ".join(f"{e:.2f}" for e in sweep["exponents"])
         panel.set(xscale="log", yscale="log", xlabel=name)

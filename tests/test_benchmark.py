@@ -156,7 +156,7 @@ def test_row_blocks_walk_through_the_whole_split():
 
 
 def test_unknown_voting_kind_names_the_known():
-    with pytest.raises(ValueError, match="known: all, early_unanimous"):
+    with pytest.raises(ValueError, match="known: all, loop, early_unanimous"):
         programs.tta_programs(("late",), images=1)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import demo
 from cxai_jax import models, steps
@@ -134,6 +135,27 @@ def test_alignment_and_mask_terms_join_the_loss():
     )
     assert metrics["loss"] == pytest.approx(total, rel=1e-4)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))
+
+
+def test_images_are_contrasted_on_their_projection():
+    before, after, metrics = one_step("contrastive")
+    assert metrics["loss"] == pytest.approx(
+        metrics["cross_entropy"] + metrics["contrastive"], rel=1e-5
+    )
+    assert metrics["contrastive"] > 0
+    for layer in ("hidden", "output"):
+        name = f"projection/{layer}/kernel"
+        old, new = (flatten_dict(s.params, sep="/")[name] for s in (before, after))
+        assert not np.allclose(old, new), name
+    assert before.params["projection"]["output"]["kernel"].shape == (1024, 128)
+    assert not models.is_trunk(("projection", "hidden", "kernel"))
+
+
+def test_contrast_needs_a_projection():
+    config = demo.get_config("contrastive")
+    config.model.projection = 0
+    with pytest.raises(ValueError, match="config.model.projection is 0: give"):
+        steps.check_config(config)
 
 
 def test_unknown_choices_are_refused_before_tracing():

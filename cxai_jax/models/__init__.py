@@ -10,7 +10,12 @@ from cxai_jax.models.backbone import HEADS, Backbone
 from cxai_jax.types import Array, PyTree
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-FRESH = {"head", "extra_bn2", "extra_bn4"}  # Modules that no pretrained file fills.
+FRESH = {
+    "head",
+    "projection",
+    "extra_bn2",
+    "extra_bn4",
+}  # Modules that no pretrained file fills.
 
 
 def _plain(module: type[Backbone], num_classes: int, config) -> Backbone:
@@ -36,6 +41,7 @@ def _resnet(num_classes: int, config) -> resnet.ResNet:
 def _common(config) -> dict:
     return {
         "head_kind": config.head,
+        "projection": config.projection,
         "dtype": DTYPES[config.dtype],
         "remat": config.remat,
     }

@@ -24,6 +24,7 @@ IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 HEADS = ("linear", "mlp")
 HIDDEN = 512  # Width of the mlp head; the CT paper says "MLP" and no more.
+PROJECTED = 1024  # Width of the projection's hidden layer (A16).
 
 # Full float32: the default on GPUs and TPUs rounds the factors to fewer bits.
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -72,12 +73,30 @@ class Head(nn.Module):
         return kernel, self.param(prefix + "bias", _uniform, (features,), width)
 
 
+class Projection(nn.Module):
+    """Embedding of an image for a loss between images: pool, 1024, ReLU, `width`.
+
+    The widths are those that Wang et al. (2020b) put behind their network; the CT paper
+    does not say what it took (A16). Their norms, one per site, are left out.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, features: Array) -> Array:
+        """Features [B, h, w, D] -> [B, width], float32."""
+        pooled = features.astype(jnp.float32).mean((1, 2))
+        hidden = nn.relu(nn.Dense(PROJECTED, name="hidden")(pooled))
+        return nn.Dense(self.width, name="output")(hidden)
+
+
 class Backbone(nn.Module):
     """A trunk in two parts and a head; the laws are in tests/test_models_laws.py.
 
     Attributes:
       num_classes: K.
       head_kind: "linear" | "mlp".
+      projection: width of the embedding that `project` gives; 0: there is none.
       dtype: type of the trunk's convolutions and activations; parameters are float32.
       remat: recompute each block in the backward pass, to save memory.
       lowering: "auto", "xla" or "tuned" (models/lowering.py).
@@ -85,12 +104,15 @@ class Backbone(nn.Module):
 
     num_classes: int
     head_kind: str = "linear"
+    projection: int = 0
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     lowering: Lowering = "auto"
 
     def setup(self) -> None:
         self.top = Head(self.num_classes, self.head_kind, name="head")
+        if self.projection:
+            self.projector = Projection(self.projection, name="projection")
 
     def lower(self, x: Array, mode: Mode) -> Array:
         """Normalised images [B, H, W, 3] -> A3 [B, 2h, 2w, D3]."""
@@ -117,6 +139,10 @@ class Backbone(nn.Module):
         """Features [B, h, w, D] -> logits float32 [B, K]."""
         return self.top(features)[0]
 
+    def project(self, features: Array) -> Array:
+        """Features [B, h, w, D] -> embeddings float32 [B, projection]."""
+        return self.projector(features)
+
     def __call__(self, x: Array, mode: Mode) -> tuple[Array, Outputs]:
         """Normalised images [B, H, W, 3] -> logits [B, K] and the maps on the way."""
         return self._finish(self.lower(x, mode), mode)
@@ -128,6 +154,8 @@ class Backbone(nn.Module):
     def _finish(self, lower: Array, mode: Mode) -> tuple[Array, Outputs]:
         features = self.upper(lower, mode)
         logits, class_maps = self.top(features)
+        if self.projection and self.is_initializing():
+            self.project(features)  # Makes its parameters.
         return logits, Outputs(lower, features, class_maps)
 
     def rematerialised(self, block: type[nn.Module]) -> type[nn.Module]:

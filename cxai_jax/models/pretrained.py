@@ -95,7 +95,7 @@ RULES = {
 }
 _STATISTICS = {"running_mean": "mean", "running_var": "var"}
 _FRESH = re.compile(
-    r"params/(head/hidden_\w+|extra_bn\d/\w+)|batch_stats/extra_bn\d/.*"
+    r"params/(head/hidden_\w+|projection/.*|extra_bn\d/\w+)|batch_stats/extra_bn\d/.*"
 )
 
 
