@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cxai_jax import figures, report
+from cxai_jax import figures, page, report
 from cxai_jax.trained import Predicted, Trained
 
 OVERLAY_HEIGHT = 320  # Pixels at most.
@@ -101,7 +101,7 @@ def row(one: Prepared, found: Predicted, i: int, model: Trained, out: Path) -> d
     }
 
 
-def report_rows(rows: Sequence[dict], folder: Path) -> list[report.Row]:
+def report_rows(rows: Sequence[dict], folder: Path) -> list[page.Row]:
     """Rows for the page, with pictures made from the overlays in `folder`."""
     height = HEIGHTS[len(rows) > LARGE]
 
@@ -113,12 +113,12 @@ def report_rows(rows: Sequence[dict], folder: Path) -> list[report.Row]:
         except OSError:
             return b""  # Somebody removed it; the page shows the row without it.
 
-    shown = report.least_certain([abs(float(r["probability"]) - 0.5) for r in rows])
+    shown = page.least_certain([abs(float(r["probability"]) - 0.5) for r in rows])
     with ThreadPoolExecutor() as pool:
         found = pool.map(picture, [rows[i] for i in shown])
         pictures = dict(zip(shown.tolist(), found, strict=True))
     return [
-        report.Row(
+        page.Row(
             name=row["file"],
             probability=float(row["probability"]),
             before=row["label_before"],
@@ -179,7 +179,7 @@ def finish(
             writer = csv.writer(file)
             writer.writerow(Patient._fields)
             writer.writerows(patients)
-    page = report.prediction_report(
+    html = report.prediction_report(
         report_rows(rows, out),
         errors,
         class_names=class_names,
@@ -187,4 +187,4 @@ def finish(
         patients=patients,
         about=about,
     )
-    (out / "report.html").write_text(page, encoding="utf-8")
+    (out / "report.html").write_text(html, encoding="utf-8")

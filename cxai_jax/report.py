@@ -1,27 +1,17 @@
-"""Results for people: the terminal's closing table and one self-contained HTML page.
+"""Results for people: the terminal's closing table, the pages of a run and of predict.
 
-The page needs no network and no script to be read; a short script adds sorting and
-filtering. Its content security policy admits that script and embedded pictures only,
-so a hostile file name can do nothing even if escaping failed. `page/` holds the
-frame, the style and the script.
+What a page is made of is in `page/`.
 """
 
-import base64
-import hashlib
-import json
 import os.path
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib import resources
-from string import Template
-from typing import NamedTuple
 
 import numpy as np
 
-from cxai_jax import explain, figures, metrics, tta
+from cxai_jax import explain, figures, metrics, page, tta
 from cxai_jax.data.records import Records
 
-NOTICE = "Research tool, not a medical device. Not for diagnosis or treatment."
 SCORES = {  # Key in results.json -> heading.
     "accuracy": "Accuracy",
     "precision": "Precision",
@@ -32,25 +22,8 @@ SCORES = {  # Key in results.json -> heading.
     "ece": "ECE",
 }
 HARD = ("accuracy", "precision", "recall", "specificity", "f1")  # Need no score.
-MAX_ROWS = 5000  # Of a run's table; a page must stay usable in any browser.
 OPEN_ERRORS = 10  # More are folded away, so that they do not hide the images.
 EXAMPLES = 4  # Pictures per kind: certain and right, certain and wrong, flipped.
-
-
-class Row(NamedTuple):
-    """One image of the page's table."""
-
-    name: str
-    probability: float  # Of the positive class, unmasked image.
-    before: str  # Label before voting.
-    after: str  # Label after voting.
-    opposing: int | None = None  # Votes against `before`, None without voting.
-    cast: int | None = None  # Votes cast.
-    flags: Sequence[str] = ()
-    patient: str = ""
-    truth: str = ""
-    picture: bytes = b""  # JPEG.
-    link: str = ""  # Where the full picture lies, relative to the page.
 
 
 def summary(results: dict) -> str:
@@ -110,14 +83,14 @@ def run_report(
     leaks = verdict != "clean"
     counts = ", ".join(f"{count} {name}" for name, count in data["counts"].items())
     parts = [
-        _section(
+        page.section(
             "Result",
             _score_table(results["metrics"], data["positive"]),
             f'<p class="verdict {"warn" if leaks else "fine"}"><b>Leakage check:</b> '
             f"{escape(verdict)}. Split: {escape(data['split_scheme'])}; {counts} "
             "images.</p>",
         ),
-        _section("Charts", _charts(results, predictions, after, log)),
+        page.section("Charts", _charts(results, predictions, after, log)),
     ]
     if results["calibration"]:
         parts.append(_calibration_section(results["calibration"], data["positive"]))
@@ -129,7 +102,7 @@ def run_report(
         "Flipped by voting": np.flatnonzero(after != before),
     }
     parts += [
-        _section(
+        page.section(
             f"{kind}: image and class map",
             _gallery(predictions, records, names, rows[:EXAMPLES]),
         )
@@ -144,7 +117,7 @@ def run_report(
         summary = results["explanations"]
         parts.append(_explanations_section(explanations, summary, records, names))
     rows = [
-        Row(
+        page.Row(
             name=str(predictions["names"][i]),
             probability=float(probs[i, 0, positive]),
             before=names[before[i]],
@@ -154,25 +127,20 @@ def run_report(
             patient=str(predictions["patients"][i]),
             truth=names[labels[i]],
         )
-        for i in least_certain(certainty)
+        for i in page.least_certain(certainty)
     ]
-    note = _shown_note(len(rows), len(labels), "the predictions file")
-    parts.append(_section("All images", note, _image_table(rows, names, positive)))
+    note = page.shown_note(len(rows), len(labels), "the predictions file")
+    parts.append(
+        page.section("All images", note, page.image_table(rows, names, positive))
+    )
     about = {key: results[key] for key in ("device", "versions", "selected", "config")}
-    parts.append(_details("Config, versions and device", about))
+    parts.append(page.details("Config, versions and device", about))
     model = config["model"]["name"]
-    return _page(f"{data['name']} · {model}", f"{len(labels)} test images", parts)
-
-
-def least_certain(certainty: Sequence[float]) -> np.ndarray:
-    """Numbers of the rows a page shows: all in order, or the MAX_ROWS least certain."""
-    if len(certainty) <= MAX_ROWS:
-        return np.arange(len(certainty))
-    return np.argsort(certainty, kind="stable")[:MAX_ROWS]
+    return page.whole(f"{data['name']} · {model}", f"{len(labels)} test images", parts)
 
 
 def prediction_report(
-    rows: Sequence[Row],
+    rows: Sequence[page.Row],
     errors: Sequence[tuple[str, str]],
     *,
     class_names: Sequence[str],
@@ -183,7 +151,7 @@ def prediction_report(
     """The page of the predict command.
 
     Args:
-      rows: the predicted images; of more than MAX_ROWS those nearest to 50 % are shown.
+      rows: the predicted images; of very many those nearest to 50 % are shown.
       errors: (file, reason) of everything that could not be predicted.
       class_names: K names; empty if there is no model to name them.
       positive: the class whose probability is shown.
@@ -203,7 +171,7 @@ def prediction_report(
         ("files with an error", len(errors)),
     ]
     parts = [
-        _section(
+        page.section(
             "Overview",
             '<ul class="tiles">',
             *(f"<li><b>{number}</b> {escape(text)}</li>" for text, number in tiles),
@@ -214,50 +182,47 @@ def prediction_report(
     if errors:
         opened = " open" * (len(errors) <= OPEN_ERRORS)
         parts.append(
-            _section(
+            page.section(
                 "Errors",
                 f'<details class="verdict warn"{opened}>'
                 f"<summary>{len(errors)} could not be predicted</summary>",
-                _table(("File", "Reason"), errors),
+                page.table(("File", "Reason"), errors),
                 "</details>",
             )
         )
     if patients:
         heading = f"Mean probability of {class_names[positive]}"
         parts.append(
-            _section(
+            page.section(
                 "Patients",
-                _table(
+                page.table(
                     ("Patient", "Images", heading, "Label"),
-                    [(p, str(n), _percent(m), label) for p, n, m, label in patients],
+                    [
+                        (p, str(n), page.percent(m), label)
+                        for p, n, m, label in patients
+                    ],
                 ),
             )
         )
     if rows:
         total, nearness = len(rows), [abs(row.probability - 0.5) for row in rows]
-        rows = [rows[i] for i in least_certain(nearness)]
+        rows = [rows[i] for i in page.least_certain(nearness)]
         prefix = os.path.commonprefix([row.name for row in rows])
         prefix = prefix[: prefix.rfind("/") + 1]
         rows = [row._replace(name=row.name.removeprefix(prefix)) for row in rows]
         parts.append(
-            _section(
+            page.section(
                 "Images",
-                _shown_note(len(rows), total, "predictions.csv"),
+                page.shown_note(len(rows), total, "predictions.csv"),
                 f"<p>Files are in {escape(prefix)}</p>" if prefix else "",
-                _image_table(rows, class_names, positive),
+                page.image_table(rows, class_names, positive),
             )
         )
-    parts.append(_details("About this prediction", about))
-    return _page("Predictions", f"{len(rows)} images", parts)
+    parts.append(page.details("About this prediction", about))
+    return page.whole("Predictions", f"{len(rows)} images", parts)
 
 
-def _shown_note(shown: int, total: int, source: str) -> str:
-    if shown == total:
-        return ""
-    return f"<p>The {shown} least certain of {total} images; {source} has all.</p>"
-
-
-def _votes_sentence(rows: Sequence[Row], about: dict) -> str:
+def _votes_sentence(rows: Sequence[page.Row], about: dict) -> str:
     cast = sum(row.cast or 0 for row in rows)
     if not cast:
         return ""
@@ -287,10 +252,6 @@ def _with_interval(values: dict, key: str) -> str:
     return text
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
 def _score_table(scored: dict, positive: str) -> str:
     rows = []
     for name, values in _score_rows(scored):
@@ -301,7 +262,7 @@ def _score_table(scored: dict, positive: str) -> str:
     note = (
         f"Percent, with the 95 % bootstrap interval in brackets; positive: {positive}"
     )
-    return _table(("", *SCORES.values()), rows, caption=note)
+    return page.table(("", *SCORES.values()), rows, caption=note)
 
 
 def _charts(results, predictions, after, log) -> str:
@@ -337,7 +298,7 @@ def _charts(results, predictions, after, log) -> str:
     charts.append(
         (
             figures.reliability(labels, probs),
-            f"Reliability; expected calibration error {_percent(scored['ece'])}",
+            f"Reliability; expected calibration error {page.percent(scored['ece'])}",
         )
     )
     if any("loss" in row for row in log):
@@ -346,12 +307,7 @@ def _charts(results, predictions, after, log) -> str:
         charts.append(
             (figures.accuracy_curves(results["curve"]), "Learning curve: accuracy")
         )
-    return '<div class="charts">' + "".join(_chart(*c) for c in charts) + "</div>"
-
-
-def _chart(figure, caption: str) -> str:
-    svg = figures.to_svg(figure, caption)
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    return '<div class="charts">' + "".join(page.chart(*c) for c in charts) + "</div>"
 
 
 def _gallery(predictions, records, names, rows) -> str:
@@ -365,9 +321,11 @@ def _gallery(predictions, records, names, rows) -> str:
         )
         caption = (
             f"{predictions['names'][i]}: true {names[predictions['labels'][i]]}, "
-            f"predicted {names[label]} ({_percent(probs[label])})"
+            f"predicted {names[label]} ({page.percent(probs[label])})"
         )
-        picture = _picture(figures.encode(figures.shrink(panel, 256), "JPEG"), caption)
+        picture = page.embedded(
+            figures.encode(figures.shrink(panel, 256), "JPEG"), caption
+        )
         figure.append(
             f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
         )
@@ -388,7 +346,9 @@ def _explanations_section(found: dict, summary: dict, records: Records, names) -
             f"{agreement}. {found['names'][i]}: true {names[found['labels'][i]]}, "
             f"predicted {names[chosen[i]]}"
         )
-        picture = _picture(figures.encode(figures.shrink(panel, 256), "JPEG"), caption)
+        picture = page.embedded(
+            figures.encode(figures.shrink(panel, 256), "JPEG"), caption
+        )
         figure.append(
             f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
         )
@@ -401,7 +361,7 @@ def _explanations_section(found: dict, summary: dict, records: Records, names) -
         "lung_over_area": "The same over their area",
     }
     known = {key: m for key, m in measures.items() if f"{key}/cam" in summary}
-    table = _table(
+    table = page.table(
         ("Map", *known.values()),
         [
             (title, *(f"{summary[f'{key}/{name}']['mean']:.2f}" for key in known))
@@ -409,7 +369,7 @@ def _explanations_section(found: dict, summary: dict, records: Records, names) -
         ],
         f"Means over {len(score)} images. Flat or empty maps agree without meaning it",
     )
-    return _section(
+    return page.section(
         "Do the explanations agree?",
         f"<p>Left to right: image, {', '.join(explain.MAPS.values())}, each of the "
         "predicted class. Agreement is the mean rank correlation of the three maps, 1 "
@@ -423,32 +383,34 @@ def _explanations_section(found: dict, summary: dict, records: Records, names) -
 def _calibration_section(fitted: dict, positive: str) -> str:
     points = [
         (
-            f"Specificity {_percent(point['specificity_wanted'])}",
+            f"Specificity {page.percent(point['specificity_wanted'])}",
             f"{point['threshold']:.3f}",
-            _percent(point["sensitivity"]),
-            _percent(point["specificity"]),
+            page.percent(point["sensitivity"]),
+            page.percent(point["specificity"]),
         )
         for point in fitted["operating_points"]
     ]
     sets = [
         (
-            f"Coverage {_percent(row['coverage_wanted'])}",
-            _percent(row["coverage"]),
+            f"Coverage {page.percent(row['coverage_wanted'])}",
+            page.percent(row["coverage"]),
             f"{row['mean_set_size']:.2f}",
-            _percent(row["single_class_share"]),
+            page.percent(row["single_class_share"]),
         )
         for row in fitted["conformal"]
     ]
-    return _section(
+    return page.section(
         "Calibration and operating points",
         f"<p>Fitted on {fitted['held_out']} validation images, measured on the test "
         f"images. Temperature {fitted['temperature']:.2f}: expected calibration error "
-        f"{_percent(fitted['ece_before'])} before, {_percent(fitted['ece_after'])} "
-        "after.</p>",
-        _table(
+        f"{page.percent(fitted['ece_before'])} before, "
+        f"{page.percent(fitted['ece_after'])} after.</p>",
+        page.table(
             ("Wanted", f"Threshold on {positive}", "Sensitivity", "Specificity"), points
         ),
-        _table(("Prediction sets", "Coverage", "Classes per image", "One class"), sets),
+        page.table(
+            ("Prediction sets", "Coverage", "Classes per image", "One class"), sets
+        ),
     )
 
 
@@ -465,13 +427,13 @@ def _voting_section(predictions, before, after, opposing, theta, class_names) ->
     )
     flips = np.flatnonzero(after != before)
     helped = int((after[flips] == predictions["labels"][flips]).sum())
-    return _section(
+    return page.section(
         "Test-time voting",
         f"<p>{k} masks, threshold {theta}: {len(flips)} labels flipped, {helped} of "
         f"them to the true class. A label flips if more than {k / 2:g} votes oppose "
         "it.</p>",
         '<div class="charts wide">'
-        + _chart(figure, "Score while the most relevant cells are removed")
+        + page.chart(figure, "Score while the most relevant cells are removed")
         + "</div>",
         _flip_table(predictions, before, after, opposing, class_names, flips),
     )
@@ -491,132 +453,4 @@ def _flip_table(predictions, before, after, opposing, names, flips) -> str:
         for i in flips
     ]
     head = ("Flipped image", "True", "Before", "After", "Votes against")
-    return _table(head, rows)
-
-
-def _image_table(rows: Sequence[Row], class_names, positive: int) -> str:
-    voted = any(row.opposing is not None for row in rows)
-    columns = {
-        "Picture": any(row.picture for row in rows),
-        "File": True,
-        "True": any(row.truth for row in rows),
-        f"Probability of {class_names[positive]}": True,
-        "Label": True,
-        "Votes against": voted,
-        "Flags": any(row.flags for row in rows),
-        "Patient": any(row.patient for row in rows),
-    }
-    shown = [name for name, wanted in columns.items() if wanted]
-    kinds = {f"c{i}": f"label {name}" for i, name in enumerate(class_names)}
-    kinds |= {
-        tag: text
-        for tag, text, any_row in (
-            ("flipped", "flipped by voting", voted),
-            ("flagged", "with a flag", columns["Flags"]),
-            ("wrong", "wrong", columns["True"]),
-        )
-        if any_row
-    }
-    options = "".join(
-        f'<option value="{tag}">{escape(text)}</option>' for tag, text in kinds.items()
-    )
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in shown)
-    pictured = ' class="pictured"' * columns["Picture"]
-    body = "\n".join(_image_row(row, shown, columns, class_names) for row in rows)
-    return (
-        '<div id="controls" hidden><label>Search <input type="search" id="search">'
-        f'</label> <label>Show <select id="show"><option value="">all</option>{options}'
-        '</select></label> <span id="count" role="status"></span></div>'
-        f'<table id="images"{pictured}><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table>"
-    )
-
-
-def _image_row(row: Row, shown, columns, class_names) -> str:
-    flipped = row.before != row.after
-    tags = [f"c{list(class_names).index(row.after)}"]
-    tags += ["flipped"] * flipped + ["flagged"] * bool(row.flags)
-    tags += ["wrong"] * bool(row.truth and row.truth != row.after)
-    name = escape(row.name)
-    label = escape(row.after)
-    if flipped:
-        label += f" <small>was {escape(row.before)}</small>"
-    against = "" if row.opposing is None else f"{row.opposing} of {row.cast}"
-    picture = _picture(row.picture, row.name) if row.picture else ""
-    if row.link:
-        name = f'<a href="{escape(row.link)}">{name}</a>'
-    bar = f'<span class="bar" style="--p:{row.probability:.3f}"></span>'
-    flags = "".join(f"<mark>{escape(flag)}</mark> " for flag in row.flags)
-    cells = (
-        ("", picture),
-        ("", name),
-        ("", escape(row.truth)),
-        (f"{row.probability:.6f}", f"{_percent(row.probability)}{bar}"),
-        ("", label),
-        ("" if row.opposing is None else row.opposing, against),
-        (len(row.flags), flags),
-        ("", escape(row.patient)),
-    )
-    html = "".join(
-        f'<td data-h="{escape(heading)}"'
-        + (f' data-v="{value}"' if value != "" else "")
-        + f">{content}</td>"
-        for (heading, wanted), (value, content) in zip(
-            columns.items(), cells, strict=True
-        )
-        if wanted
-    )
-    return f'<tr data-tags="{" ".join(tags)}">{html}</tr>'
-
-
-def _picture(jpeg: bytes, description: str) -> str:
-    data = base64.b64encode(jpeg).decode()
-    return (
-        f'<img src="data:image/jpeg;base64,{data}" alt="{escape(description)}, image '
-        'and class map" loading="lazy" decoding="async">'
-    )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption="") -> str:
-    headings = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(
-            f'<td data-h="{escape(h)}">{escape(c)}</td>'
-            for h, c in zip(head[1:], rest, strict=True)
-        )
-        + "</tr>"
-        for first, *rest in rows
-    )
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return (
-        f'<div class="scroll" role="region" aria-label="{escape(caption or head[0])}" '
-        f'tabindex="0"><table>{title}<thead><tr>{headings}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
-
-
-def _details(title: str, about: dict) -> str:
-    text = escape(json.dumps(about, indent=1, default=str))
-    return f"<details><summary>{escape(title)}</summary><pre>{text}</pre></details>"
-
-
-def _page(title: str, subtitle: str, parts: Sequence[str]) -> str:
-    html, style, script = (
-        (resources.files("cxai_jax") / "page" / f"page.{kind}").read_text("utf-8")
-        for kind in ("html", "css", "js")
-    )
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return Template(html).substitute(
-        title=escape(title),
-        subtitle=escape(subtitle),
-        notice=NOTICE,
-        style=style,
-        script=script,
-        digest=digest,
-        body="\n".join(parts),
-    )
+    return page.table(head, rows)

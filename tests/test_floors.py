@@ -16,7 +16,7 @@ FLOORS = [
     | {"calibration", "figures", "models.lowering", "data.transforms"}
     | {"data.splits", "data.leakage", "data.records"},
     {"mixing", "saliency", "models.norm", "models.pretrained", "data.store"}
-    | {"novelty"},
+    | {"novelty", "page"},
     {
         "models.backbone",
         "data.inputs",

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxai_jax import evaluate, explain, report
+from cxai_jax import evaluate, explain, page, report
 from cxai_jax.data.records import Dataset, Records
+from cxai_jax.page import NOTICE, Row
 
 NASTY = "<img src=x onerror=alert(1)>&\"'.png"
 
@@ -147,7 +148,7 @@ def test_maps_lie_side_by_side_with_their_agreement(finished):
 
 def prediction_page(rows=3, errors=()):
     made = [
-        report.Row(
+        Row(
             name=f"in/{i}-{NASTY}",
             probability=(i * 37 % 100) / 100,
             before="healthy",
@@ -184,7 +185,7 @@ def test_summary_names_every_group_and_the_verdict(finished):
 
 def test_a_run_page_has_its_parts(run_page, finished):
     page = Page(run_page)
-    assert holds(run_page, report.NOTICE)
+    assert holds(run_page, NOTICE)
     assert run_page.index("LEAKS: 2 of 24") < run_page.index("<h2>Charts</h2>")
     labels = [svg["aria-label"] for svg in page.all("svg")]
     for chart in ("ROC", "Confusion", "Reliability", "training loss", "accuracy"):
@@ -228,7 +229,7 @@ def test_the_overview_counts():
 
 
 def test_the_common_folder_is_named_once():
-    rows = [report.Row(n, 0.5, "a", "a") for n in ("/x/y/1.png", "/x/y/2.png", "z.png")]
+    rows = [Row(n, 0.5, "a", "a") for n in ("/x/y/1.png", "/x/y/2.png", "z.png")]
     options = {"class_names": ["a"], "positive": 0, "patients": [], "about": {}}
     assert holds(
         report.prediction_report(rows[:2], [], **options), "Files are in /x/y/"
@@ -237,7 +238,7 @@ def test_the_common_folder_is_named_once():
 
 
 def test_of_very_many_rows_the_least_certain_are_shown(monkeypatch):
-    monkeypatch.setattr(report, "MAX_ROWS", 2)
+    monkeypatch.setattr(page, "MAX_ROWS", 2)
     text = prediction_page(rows=4)  # 0, 37, 74 and 11 %.
     assert holds(text, "The 2 least certain of 4 images; predictions.csv has all.")
     assert holds(text, "<b>4</b> images predicted")
@@ -262,7 +263,7 @@ def test_errors_are_listed_and_a_page_without_rows_works():
         patients=[],
         about={},
     )
-    assert "a&lt;b.dcm" in text and "no pixels" in text and report.NOTICE in text
+    assert "a&lt;b.dcm" in text and "no pixels" in text and NOTICE in text
     assert "<h2>Images</h2>" not in text
 
 
