@@ -5,12 +5,21 @@ were stored), random 224 crop over the whole image, both flips with probability 
 half. It runs inside the step, so the host ships bytes and nothing else.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from cxai_jax.types import Array
 
 CROPS = ("random", "square", "none")
+
+
+class Scale(NamedTuple):
+    """A backbone's input normalisation, in grey levels 0..255."""
+
+    mean: tuple
+    std: tuple
 
 
 def random_crop(key: Array, images: Array, sizes: Array, size: int) -> Array:

@@ -9,9 +9,7 @@ twice); without mixing one forward serves everything. Randomness is
 `fold_in(key, step)`, so nothing random is ever saved.
 """
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +17,10 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from cxai_jax import alignment, losses, saliency, tta
-from cxai_jax.augment import CROPS, augment, normalise
+from cxai_jax import alignment, losses, saliency, tta, voting
+from cxai_jax.augment import CROPS, Scale, augment, normalise
 from cxai_jax.cam import of_class, patch_relevance
 from cxai_jax.mixing import MIXES
-from cxai_jax.reuse import Crops, plan_crops
 from cxai_jax.types import Array, Batch, PyTree
 
 
@@ -35,13 +32,6 @@ class TrainState:
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
-
-
-class Scale(NamedTuple):
-    """A backbone's input normalisation, in grey levels 0..255."""
-
-    mean: tuple
-    std: tuple
 
 
 def create_state(
@@ -347,133 +337,21 @@ def resident(train_step: Callable) -> Callable:
     return steps
 
 
-PREFIX_REUSE = ("auto", "on", "off")
-
-
-def prefix_crops(model: nn.Module, size: int, tta_config) -> Crops | None:
-    """How `tta.prefix_reuse` applies to a backbone and images of `size` pixels.
-
-    "auto" takes it on CPUs, where it was measured to gain, if the crops have at most
-    half of the image's pixels.
-
-    Returns:
-      The crops, or None to run every variant as a whole.
-
-    Raises:
-      ValueError: for an unknown value, or "on" where it is impossible.
-    """
-    wanted, windows = tta_config.prefix_reuse, model.prefix_windows()
-    if wanted not in PREFIX_REUSE:
-        raise ValueError(
-            f"config.tta.prefix_reuse is {wanted!r}; known: {', '.join(PREFIX_REUSE)}"
-        )
-    if not tta_config.k or wanted == "off":
-        return None
-    if not windows and wanted == "on":
-        raise ValueError(
-            f"config.tta.prefix_reuse=on: {type(model).__name__} declares no prefix; "
-            "ResNets do, for others set it to auto or off"
-        )
-    if not windows or (wanted == "auto" and jax.default_backend() != "cpu"):
-        return None
-    crops = plan_crops(windows, size, size // tta_config.patch)
-    if crops.share <= 0.5:
-        return crops
-    if wanted == "on":
-        raise ValueError(
-            f"config.tta.prefix_reuse=on: a cell of {tta_config.patch} pixels needs "
-            f"crops of {crops.side} pixels, too large to gain on images of {size}; set "
-            "it to auto or off"
-        )
-    return None
-
-
-def make_first_look(model: nn.Module, scale: Scale, tta_config) -> Callable:
-    """Builds `look(variables, images)`: the forward pass that voting starts from.
-
-    Images are uint8 [B, H, W, C] at the network's size. Returns a dict: logits and
-    probs float32 [B, K], class_maps float32 [B, h, w, K]; with tta_config.k > 0 also
-    what the votes need, the normalised images and cells int32 [B, k], and where the
-    first layers are reused their map, prefix.
-    """
-
-    def look(variables, images):
-        apply = functools.partial(model.apply, variables)
-        images, more = normalise(images, scale.mean, scale.std), {}
-        if prefix_crops(model, images.shape[1], tta_config):
-            more["prefix"] = apply(images, "eval", method="prefix")
-            logits, out = apply(more["prefix"], "eval", method="from_prefix")
-        else:
-            logits, out = apply(images, "eval")
-        logits = logits.astype(jnp.float32)
-        seen = {
-            "logits": logits,
-            "probs": jax.nn.softmax(logits),
-            "class_maps": out.class_maps,
-        }
-        if tta_config.k:
-            cells = tta.rank_cells(
-                of_class(out.class_maps, logits.argmax(-1)),
-                grid=images.shape[1] // tta_config.patch,
-                k=tta_config.k,
-                patch=tta_config.patch,
-            )
-            seen |= {"images": images, "cells": cells} | more
-        return seen
-
-    return look
-
-
-def make_vote_forward(model: nn.Module) -> Callable:
-    """Builds `forward(variables, images) -> probs [N, K]` of normalised images."""
-
-    def forward(variables, images):
-        logits, _ = model.apply(variables, images, "eval")
-        return jax.nn.softmax(logits.astype(jnp.float32))
-
-    return forward
-
-
-def split_forward(model: nn.Module, variables: PyTree, crops: Crops) -> tta.Reuse:
-    """`make_vote_forward` in two parts, with its variables filled in."""
-
-    def suffix(maps):
-        logits, _ = model.apply(variables, maps, "eval", method="from_prefix")
-        return jax.nn.softmax(logits.astype(jnp.float32))
-
-    return tta.Reuse(
-        prefix=lambda images: model.apply(variables, images, "eval", method="prefix"),
-        suffix=suffix,
-        crops=crops,
-    )
-
-
-def make_next_votes(model: nn.Module, crops: Crops) -> Callable:
-    """Builds `forward(variables, masks, carried, rows, counts)`.
-
-    It is `tta.next_votes_of`, for early exit with the first layers reused.
-    """
-
-    def forward(variables, *given):
-        return tta.next_votes_of(split_forward(model, variables, crops), *given)
-
-    return forward
-
-
 def make_predict_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
     """Builds `predict(variables, images) -> {logits, probs, class_maps}`, one graph.
 
-    As `make_first_look`, but probs are p_0 .. p_k of the test-time masks, float32
-    [B, k+1, K]: [B, 1, K] where tta_config.k is 0. Every mask is run, so that any
-    smaller k and any theta can be read off afterwards.
+    As `voting.make_first_look`, but probs are p_0 .. p_k of the test-time masks,
+    float32 [B, k+1, K]: [B, 1, K] where tta_config.k is 0. Every mask is run, so that
+    any smaller k and any theta can be read off afterwards.
     """
-    look, forward = make_first_look(model, scale, tta_config), make_vote_forward(model)
+    look = voting.make_first_look(model, scale, tta_config)
+    forward = voting.make_vote_forward(model)
 
     def predict(variables, images):
         seen = look(variables, images)
         probs, reuse = seen["probs"][:, None], None
-        if crops := prefix_crops(model, images.shape[1], tta_config):
-            reuse = split_forward(model, variables, crops), seen["prefix"]
+        if crops := voting.prefix_crops(model, images.shape[1], tta_config):
+            reuse = voting.split_forward(model, variables, crops), seen["prefix"]
         if tta_config.k:
             probs = tta.masked_probs(
                 lambda masked: forward(variables, masked),

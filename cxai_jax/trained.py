@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cxai_jax import mesh as meshes
-from cxai_jax import setup, steps, tta
+from cxai_jax import setup, steps, tta, voting
 from cxai_jax.checkpoint import Checkpoints
 from cxai_jax.config import read_config
 from cxai_jax.executables import Executables
@@ -104,14 +104,14 @@ class Predictor:
         self._grid = config.data.image_size // config.tta.patch
         self._variables = meshes.put_replicated(trained.variables, mesh)
         self._early = bool(config.tta.k) and config.tta.early_exit
-        make = steps.make_first_look if self._early else steps.make_voting_step
+        make = voting.make_first_look if self._early else steps.make_voting_step
         self._look = jit(make(trained.model, trained.scale, config.tta))
-        crops = steps.prefix_crops(trained.model, config.data.image_size, config.tta)
+        crops = voting.prefix_crops(trained.model, config.data.image_size, config.tta)
         if crops:  # The carried maps are replaced call by call: donated.
-            votes = steps.make_next_votes(trained.model, crops)
+            votes = voting.make_next_votes(trained.model, crops)
             self._forward = jit(votes, donate_argnums=2)
         else:
-            self._forward = jit(steps.make_vote_forward(trained.model))
+            self._forward = jit(voting.make_vote_forward(trained.model))
 
     def __call__(self, images: np.ndarray) -> Predicted:
         """Predicts uint8 [B, S, S, 1] of at most `batch_size` images."""

@@ -27,7 +27,7 @@ FLOORS = [
     },
     {"models.tiny", "models.resnet", "models.efficientnet_lite0"},
     {"models", "data"},
-    {"data.pipeline"},
+    {"data.pipeline", "voting"},
     {"steps", "preview"},
     {"evaluate"},
     {"explain"},

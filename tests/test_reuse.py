@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs.common import get_config
-from cxai_jax import models, reuse, steps, trained, tta
+from cxai_jax import models, reuse, steps, trained, tta, voting
 from cxai_jax.mesh import make_mesh
 from cxai_jax.models import resnet
 from cxai_jax.reuse import Window
@@ -107,7 +107,7 @@ def test_impossible_geometry_is_refused():
 )
 def test_reuse_falls_back_or_says_why_not(name, size, reason, wanted, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    choose = functools.partial(steps.prefix_crops, build(name), size)
+    choose = functools.partial(voting.prefix_crops, build(name), size)
     if wanted == "on" and reason:
         with pytest.raises(ValueError, match=reason):
             choose(settings(prefix_reuse=wanted))
@@ -121,7 +121,7 @@ def test_reuse_falls_back_or_says_why_not(name, size, reason, wanted, monkeypatc
 
 def test_an_unknown_choice_names_the_known():
     with pytest.raises(ValueError, match="'maybe'; known: auto, on, off"):
-        steps.prefix_crops(build("tiny"), 64, settings(prefix_reuse="maybe"))
+        voting.prefix_crops(build("tiny"), 64, settings(prefix_reuse="maybe"))
 
 
 SIZE, GRID, K = 96, 12, 6

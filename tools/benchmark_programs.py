@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
-from cxai_jax import compilation, models, setup, steps, tta
+from cxai_jax import compilation, models, setup, steps, tta, voting
 from cxai_jax import mesh as meshes
 from cxai_jax.augment import normalise
 from cxai_jax.data import pipeline
@@ -290,11 +290,11 @@ def tta_programs(
     if unknown := {k.removesuffix(REUSE) for k in kinds} - {"all", LOOP, *OPPOSING}:
         known = ", ".join(("all", LOOP, *OPPOSING))
         raise ValueError(f"unknown kinds {unknown}; known: {known}")
-    voting = {"tta.k": 31, "tta.patch": max(1, size // 28)}  # 8 pixels of 224.
-    plain = Voting(size, {"data.image_size": size, **voting, **fields}, "off")
+    defaults = {"tta.k": 31, "tta.patch": max(1, size // 28)}  # 8 pixels of 224.
+    plain = Voting(size, {"data.image_size": size, **defaults, **fields}, "off")
     reuse = None
     if any(kind.endswith(REUSE) for kind in kinds):
-        reuse = Voting(size, {"data.image_size": size, **voting, **fields}, "on")
+        reuse = Voting(size, {"data.image_size": size, **defaults, **fields}, "on")
     given = [
         jnp.asarray(synthetic_images(images, size, seed)[0]) for seed in range(ROTATION)
     ]
@@ -357,12 +357,12 @@ class Voting:
         model, variables, scale = build(config)
         self.variables = jax.device_put(variables)
         self.predict = steps.make_predict_step(model, scale, config.tta)
-        self.look = jax.jit(steps.make_first_look(model, scale, config.tta))
-        if crops := steps.prefix_crops(model, size, config.tta):
-            votes = steps.make_next_votes(model, crops)
+        self.look = jax.jit(voting.make_first_look(model, scale, config.tta))
+        if crops := voting.prefix_crops(model, size, config.tta):
+            votes = voting.make_next_votes(model, crops)
             forward = jax.jit(votes, donate_argnums=2)
         else:
-            forward = jax.jit(steps.make_vote_forward(model))
+            forward = jax.jit(voting.make_vote_forward(model))
         self.forward = functools.partial(forward, self.variables)
 
     def compile(self, images) -> tuple:
