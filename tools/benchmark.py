@@ -52,6 +52,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--budget_s", type=float, default=300.0)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--malloc",
+        choices=("keep", "default"),
+        default="keep",
+        help="default: freed memory goes back to the kernel (host_memory.py)",
+    )
     parser.add_argument("--size", type=int, default=224, help="pixels, not of smoke")
     parser.add_argument("--model", default="resnet50", help="not of smoke or the peer")
     given = parser.parse_args(arguments)
@@ -63,7 +69,8 @@ def main(arguments: list[str]) -> int:
     if given.device != "auto":
         name = "cuda" if given.device == "gpu" else given.device
         jax.config.update("jax_platforms", name)
-    host_memory.keep_freed_memory()
+    if given.malloc == "keep":
+        host_memory.keep_freed_memory()
     deadline = time.monotonic() + given.budget_s
     if suites == ["smoke"]:
         session = smoke_session()
@@ -77,6 +84,7 @@ def main(arguments: list[str]) -> int:
             model=given.model,
         )
     result = run_suites(session, suites)
+    result["flags"]["malloc"] = given.malloc
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(result, indent=1) + "\n")
