@@ -196,7 +196,7 @@ def print_row(row: dict) -> None:
             parts.append(f"bytes x{ratio:.2f}")
     if row.get("peak_bytes"):
         peak = row["peak_bytes"] / 2**20
-        parts.append(f"peak {peak:.0f} MB, {peak / row['bs']:.0f} per image")
+        parts.append(f"peak {peak:.0f} MB, {peak / row['bs']:.3g} per image")
     if row.get("compile_s"):
         cached = " cached" if row.get("cache_hit") else ""
         parts.append(f"compile {row['compile_s']:.1f} s{cached}")

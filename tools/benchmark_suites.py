@@ -195,6 +195,8 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
         return
     if not session.model.startswith("resnet"):  # Others declare no prefix.
         kinds = tuple(kind for kind in kinds if not kind.endswith(programs.REUSE))
+    if session.voting_images > 1:  # A thousand calls per call: minutes on a GPU.
+        kinds = tuple(kind for kind in kinds if kind != programs.LOOP)
     made = programs.tta_programs(
         kinds, images=session.voting_images, size=session.size, **session.fields
     )
