@@ -10,12 +10,8 @@ from cxai_jax.models.backbone import HEADS, Backbone
 from cxai_jax.types import Array, PyTree
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-FRESH = {
-    "head",
-    "projection",
-    "extra_bn2",
-    "extra_bn4",
-}  # Modules that no pretrained file fills.
+# Modules that no pretrained file fills.
+FRESH = {"head", "projection", "extra_bn2", "extra_bn4"}
 
 
 def _plain(module: type[Backbone], num_classes: int, config) -> Backbone:
