@@ -80,11 +80,13 @@ def test_shapes_and_parameter_count(name):
 
 
 @EVERY
-def test_only_the_head_and_extra_norms_are_fresh(name):
+def test_only_head_projection_and_extra_norms_are_fresh(name):
     fields = {"extra_bn": True} if name.startswith("resnet") else {}
-    variables, _ = shapes(name, **fields)
+    variables, _ = shapes(name, projection=8, **fields)
     fresh = {p for p in flatten_dict(variables["params"]) if not models.is_trunk(p)}
-    expected = {("head", "kernel"), ("head", "bias")}
+    weights = ("kernel", "bias")
+    expected = {("head", n) for n in weights}
+    expected |= {("projection", i, n) for i in ("hidden", "output") for n in weights}
     if fields:
         expected |= {(f"extra_bn{i}", n) for i in (2, 4) for n in ("scale", "bias")}
     assert fresh == expected

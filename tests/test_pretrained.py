@@ -116,6 +116,15 @@ def test_an_mlp_head_is_fresh_as_a_whole(tensors):
     )
 
 
+def test_a_projection_is_fresh(tensors):
+    start = variables_of("resnet18", 1000, projection=8)
+    _, summary = pretrained.fill(tensors, "resnet18", start)
+    assert {name.rpartition("/")[0] for name in summary["fresh"]} == {
+        "params/projection/hidden",
+        "params/projection/output",
+    }
+
+
 def test_all_problems_are_reported_at_once(tensors):
     broken = dict(tensors)
     del broken["layer1.0.conv1.weight"]
