@@ -17,7 +17,7 @@ REFERENCES = ("published", "naive", "fair_eval", "fair_train", "plain", "all", "
 
 def row_key(row: dict) -> tuple:
     names = ("suite", "variant", "model", "size", "dtype", "bs")
-    return tuple(row[name] for name in names)
+    return tuple(row.get(name) for name in names)  # Older files lack two.
 
 
 def read(path: Path) -> dict:

@@ -7,7 +7,7 @@ number of times, which the alignment loss needs. They serve reverse mode only.
 
 What is slow on CPU: the weight gradient of a 1x1 convolution (XLA emits a convolution
 whose window is the whole image), full convolutions on small maps (on 2x2 pixels of 512
-channels by a factor of fifty), the gradient of max pooling (a scatter), depthwise
+channels by a factor of thirty), the gradient of max pooling (a scatter), depthwise
 convolutions (forward and both gradients) and sums over batch and space.
 """
 
