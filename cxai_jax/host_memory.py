@@ -8,6 +8,7 @@ EfficientNet-Lite0's (experiments/results/benchmark_cpu*_default_malloc.json).
 """
 
 import ctypes
+import os
 
 # Parameters of mallopt(3), from malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
@@ -17,6 +18,10 @@ SETTINGS = {
     TRIM_THRESHOLD: -1,  # which is never given back
     TOP_PAD: 64 << 20,  # and grows by this many bytes at least.
 }
+DEFAULTS = {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 << 10}
+# A small block in a freed large one makes the next execution look for room elsewhere:
+# up to four copies of a program's temporaries were seen in the heap.
+COPIES = 4
 
 
 def keep_freed_memory() -> bool:
@@ -31,3 +36,22 @@ def keep_freed_memory() -> bool:
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     return all(library.mallopt(*setting) for setting in SETTINGS.items())
+
+
+def limit(temporaries: int) -> bool:
+    """Undoes `keep_freed_memory` where it could use up the machine's memory.
+
+    Args:
+      temporaries: bytes that one execution of the program takes and frees.
+
+    Returns:
+      Whether freed memory is still kept: COPIES of it fit into half of the memory.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if COPIES * temporaries <= memory // 2:
+        return True
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        for setting in DEFAULTS.items():
+            library.mallopt(*setting)
+    return False

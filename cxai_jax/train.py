@@ -17,6 +17,7 @@ from cxai_jax import (
     compilation,
     evaluate,
     explain,
+    host_memory,
     novelty,
     outcome,
     preview,
@@ -62,6 +63,8 @@ def train(config, workdir: Path) -> dict:
     compiled = {}
     if step < total_steps:
         advance, compiled = compilation.compile_run(run, plan, state, step)
+        if jax.default_backend() == "cpu":
+            host_memory.limit(compiled["step_temp_bytes"] or 0)
         writer.say(
             f"compiled in {compiled['compile_s']:.1f} s; {len(plan.fit)} images, "
             f"{steps_per_epoch} steps per epoch, {total_steps} steps, images on the "

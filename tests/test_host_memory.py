@@ -29,6 +29,20 @@ def test_memory_that_was_freed_is_not_faulted_in_again():
     assert second <= first / 10 and first > 10
 
 
+def test_programs_too_large_to_keep_give_their_memory_back():
+    text = PROGRAM.replace(
+        "print(",
+        "assert host_memory.limit(1)\nassert not host_memory.limit(1 << 60)\nprint(",
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, check=True
+    )
+    kept, first, second = map(int, run.stdout.split())
+    if not kept:
+        pytest.skip("not glibc")
+    assert second >= first / 2 and first > 10
+
+
 def test_other_c_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())
     assert not host_memory.keep_freed_memory()
