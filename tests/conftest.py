@@ -26,3 +26,14 @@ def shared():
     if not SHARED.exists():
         pytest.skip("no ../shared beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def float64():
+    """Admits float64; jax.enable_x64 is newer than jax 0.7."""
+    if hasattr(jax, "enable_x64"):
+        context = jax.enable_x64
+    else:
+        context = jax.experimental.enable_x64
+    with context(True):
+        yield

@@ -9,16 +9,7 @@ import pytest
 
 from cxai_jax.models import lowering
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    """Admits float64; jax.enable_x64 is newer than jax 0.7."""
-    if hasattr(jax, "enable_x64"):
-        context = jax.enable_x64
-    else:
-        context = jax.experimental.enable_x64
-    with context(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def normal(seed, *shape):

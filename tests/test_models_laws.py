@@ -228,9 +228,11 @@ def test_explaining_costs_no_second_forward_pass():
 @pytest.mark.parametrize(
     "name", ["tiny", pytest.param("resnet18", marks=pytest.mark.slow)]
 )
-def test_remat_and_lowering_change_nothing_but_the_program(name):
-    x = images(2, 32)
+def test_remat_and_lowering_change_nothing_but_the_program(name, float64):
+    # In float64: an untrained network amplifies rounding, most on maps of one pixel.
+    x = images(2, 32).astype(jnp.float64)
     variables = initialise(build(name), x)
+    variables = jax.tree.map(lambda v: v.astype(jnp.float64), variables)
 
     def loss_and_gradient(model):
         def loss(params):
@@ -241,10 +243,11 @@ def test_remat_and_lowering_change_nothing_but_the_program(name):
 
         return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
-    expected = loss_and_gradient(build(name).clone(lowering="xla"))
-    for model in (build(name, remat=True), build(name).clone(lowering="tuned")):
+    plain = build(name).clone(dtype=jnp.float64, lowering="xla")
+    expected = loss_and_gradient(plain)
+    for model in (plain.clone(remat=True), plain.clone(lowering="tuned")):
         jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4),
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
             loss_and_gradient(model),
             expected,
         )

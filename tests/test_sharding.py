@@ -53,7 +53,7 @@ def report(accumulate: int) -> dict:
     fields = {**FIELDS, "train.accumulate": accumulate}
     for devices in (8, 1):
         program = programs.step_program(
-            batch=BATCH, size=SIZE, devices=devices, **fields
+            batch=BATCH * accumulate, size=SIZE, devices=devices, **fields
         )
         first = program.run(1)
         compilations.clear()
