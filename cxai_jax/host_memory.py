@@ -3,7 +3,7 @@
 Every execution of a program on CPU allocates its temporaries, 0.9 GB for a training
 step of a ResNet-50 at batch 8, and frees them at its end. By default glibc returns
 blocks of this size to the kernel, which clears every page again at the next step: 0.2
-million page faults, a twentieth of the step's time and a sixth of an
+million page faults, a twentieth of the step's time and a fifth of an
 EfficientNet-Lite0's (experiments/results/benchmark_cpu*_default_malloc.json).
 """
 

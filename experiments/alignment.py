@@ -222,16 +222,21 @@ def scores(
       labels: int [N], 1 is COVID-19.
       chosen: predicted class, int [N].
     """
-    f1 = []
-    for positive in (0, 1):
-        hits = weights @ ((labels == positive) & (chosen == positive))
-        asked = weights @ ((labels == positive).astype(int) + (chosen == positive))
-        f1.append(2 * hits / np.maximum(asked, 1))
+    others, covid = (f1(weights, labels, chosen, positive) for positive in (0, 1))
     return {
-        "f1": f1[1],
-        "macro_f1": (f1[0] + f1[1]) / 2,
+        "f1": covid,
+        "macro_f1": (others + covid) / 2,
         "accuracy": average(weights, labels == chosen),
     }
+
+
+def f1(
+    weights: np.ndarray, labels: np.ndarray, chosen: np.ndarray, positive: int
+) -> np.ndarray:
+    """Weighted F1 of one class, [R]; the arguments are those of `scores`."""
+    hits = weights @ ((labels == positive) & (chosen == positive))
+    asked = weights @ ((labels == positive).astype(int) + (chosen == positive))
+    return 2 * hits / np.maximum(asked, 1)
 
 
 def always_positive(pairs: list[tuple[dict, dict]]) -> float:

@@ -28,7 +28,7 @@ from cxai_jax import evaluate, host_memory, metrics, outcome, tta
 from cxai_jax import train as training
 from cxai_jax.config import claim_workdir, flatten, load_config_file
 from cxai_jax.writer import write_json
-from experiments.alignment import average
+from experiments.alignment import average, f1
 
 RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 2000
@@ -219,11 +219,9 @@ def decisions(
     weights: np.ndarray, labels: np.ndarray, chosen: np.ndarray, positive: int
 ) -> dict[str, np.ndarray]:
     """Weighted accuracy and F1 of the positive class, each [R]."""
-    hits = weights @ ((labels == positive) & (chosen == positive))
-    asked = weights @ ((labels == positive).astype(int) + (chosen == positive))
     return {
         "accuracy": average(weights, labels == chosen),
-        "f1": 2 * hits / np.maximum(asked, 1),
+        "f1": f1(weights, labels, chosen, positive),
     }
 
 

@@ -172,8 +172,7 @@ def main(arguments: list[str]) -> None:
         model="tiny" if given.tiny else "resnet50",
         deadline=time.monotonic() + given.budget_s,
     )
-    if session.calls > 20:
-        session.calls = 20
+    session.calls = min(session.calls, 20)
     measure_roof(session)
     found = {}
     for name, (values, rest) in sweeps(given.tiny).items():

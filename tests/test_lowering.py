@@ -51,12 +51,16 @@ def agree(tuned, plain, *arguments):
     )
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_conv1x1(stride):
-    forms = [
-        functools.partial(lowering.conv, stride=stride, lowering=name)
+def both_forms(**options):
+    return [
+        functools.partial(lowering.conv, lowering=name, **options)
         for name in ("tuned", "xla")
     ]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv1x1(stride):
+    forms = both_forms(stride=stride)
     agree(*forms, normal(0, 2, 5, 4, 3), normal(1, 1, 1, 3, 6))
 
 
@@ -69,10 +73,7 @@ def test_conv1x1(stride):
     ],
 )
 def test_depthwise(k, stride, padding, size):
-    forms = [
-        functools.partial(lowering.conv, stride=stride, padding=padding, lowering=name)
-        for name in ("tuned", "xla")
-    ]
+    forms = both_forms(stride=stride, padding=padding)
     agree(*forms, normal(0, 2, *size, 3), normal(1, k, k, 1, 3))
 
 
@@ -82,10 +83,7 @@ def test_depthwise(k, stride, padding, size):
 )
 def test_conv_on_a_small_map(monkeypatch, k, stride, padding, size):
     monkeypatch.setattr(lowering, "SMALL_MAP_CHANNELS", 2)
-    forms = [
-        functools.partial(lowering.conv, stride=stride, padding=padding, lowering=name)
-        for name in ("tuned", "xla")
-    ]
+    forms = both_forms(stride=stride, padding=padding)
     agree(*forms, normal(0, 2, *size, 3), normal(1, k, k, 3, 4))
 
 
@@ -94,10 +92,7 @@ def test_conv_on_a_small_map(monkeypatch, k, stride, padding, size):
     [(7, 2, 3, (8, 10), 3), (7, 2, 3, (9, 7), 1), (3, 2, "SAME", (8, 7), 3)],
 )
 def test_stem(k, stride, padding, size, channels):
-    forms = [
-        functools.partial(lowering.conv, stride=stride, padding=padding, lowering=name)
-        for name in ("tuned", "xla")
-    ]
+    forms = both_forms(stride=stride, padding=padding)
     x, kernel = normal(0, 2, *size, channels), normal(1, k, k, channels, 4)
     agree(*forms, x, kernel)
     strides = ["window_strides=(1, 1)", f"window_strides=({stride}, {stride})"]

@@ -310,15 +310,16 @@ def tta_programs(
         if (np.asarray(labels) != np.asarray(expected)).any():
             raise RuntimeError(f"{kind}: a label differs from that of all votes")
 
+    def check_probs(kind: str, found: list[np.ndarray]) -> None:
+        for number, theta in itertools.product(range(ROTATION), thetas.values()):
+            labels = tta.vote(found[number], theta=theta, k=plain.config.k)
+            check(kind, number, labels, theta)
+
     result = {}
     for kind in kinds:
         chosen = reuse if kind.endswith(REUSE) else plain
         if kind == LOOP:
-            for number, batch in enumerate(given):
-                looped = np.asarray(plain.one_by_one(batch))
-                for theta in thetas.values():
-                    labels = tta.vote(looped, theta=theta, k=plain.config.k)
-                    check(kind, number, labels, theta)
+            check_probs(kind, [np.asarray(plain.one_by_one(b)) for b in given])
             run = in_turn(lambda number: plain.one_by_one(given[number]))
             result[kind] = Program(run, images)
             continue
@@ -329,9 +330,7 @@ def tta_programs(
                 found = [np.asarray(call(batch)["probs"]) for batch in given]
             pairs = list(zip(found, probs, strict=True))
             difference = max(float(np.abs(a - b).max()) for a, b in pairs)
-            for number, theta in itertools.product(range(ROTATION), thetas.values()):
-                labels = tta.vote(found[number], theta=theta, k=plain.config.k)
-                check(kind, number, labels, theta)
+            check_probs(kind, found)
             run = in_turn(lambda number, call=call: call(given[number]))
             told = about | {"largest_difference": difference}
             result[kind] = Program(run, images, told, chosen.hlo)
