@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cxai_jax.saliency import every_kth
 from cxai_jax.types import Array
 
 RECTIFY = ("mean", "zero")
@@ -100,13 +101,6 @@ def subbatch_alignment(maps: Sequence[Array], **options) -> Array:
         rest = saliency_alignment(whole, **options)
     rest = rest.reshape(covered, every)[:, 1:]
     return jnp.concatenate([all_maps[:, None], rest], axis=1).reshape(size)
-
-
-def every_kth(x: Array, k: int) -> Array:
-    """Rows 0, k, 2k, ... of [B, ...] as [B/k, ...], local to each device's shard."""
-    if x.shape[0] % k:
-        raise ValueError(f"a batch of {x.shape[0]} images has no {k} equal parts")
-    return x.reshape(x.shape[0] // k, k, *x.shape[1:])[:, 0]
 
 
 def energy_outside(

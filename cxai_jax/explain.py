@@ -1,4 +1,4 @@
-"""Saliency maps of a trained network on a split: computed, measured, drawn.
+"""Saliency maps of a trained network on a split: computed and measured.
 
 Three maps that the alignment loss can train (CAM, Grad-CAM one stage earlier, input
 gradient) and one that it cannot (occlusion), all of the predicted class, with running
@@ -6,7 +6,6 @@ batch statistics. Agreement of the three is the chest X-ray paper's aim (Purwita
 Qomariyah 2021); entropy, empty maps and the held-out map say whether it means anything.
 """
 
-from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from cxai_jax import alignment, figures, saliency, steps
+from cxai_jax import alignment, saliency, steps
 from cxai_jax import explanation_metrics as em
 from cxai_jax import mesh as meshes
 from cxai_jax.augment import normalise
@@ -233,23 +232,3 @@ def load(path: Path) -> dict[str, np.ndarray]:
     """Reads an explanations file."""
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
-
-
-def panel(gray: np.ndarray, maps: Sequence[np.ndarray]) -> np.ndarray:
-    """The image, and beside it each map drawn over it as positive evidence.
-
-    Args:
-      gray: uint8 [H, W] or [H, W, 1].
-      maps: signed maps [*, *].
-
-    Returns:
-      uint8 [H, (m + 1) W + gaps, 3].
-    """
-    gray = gray.reshape(gray.shape[:2])
-    gap = np.zeros((len(gray), max(1, gray.shape[1] // 50), 3), np.uint8)
-    parts = [np.repeat(gray[..., None], 3, axis=2)]
-    for drawn in maps:
-        # A single bright pixel of an input gradient would leave the rest dark.
-        drawn = np.clip(drawn.astype(np.float32), 0, np.quantile(drawn, 0.99))
-        parts += [gap, figures.overlay(gray, drawn)]
-    return np.concatenate(parts, axis=1)

@@ -247,3 +247,23 @@ def encode(image: np.ndarray, kind: str) -> bytes:
     options = {"quality": 80} if kind == "JPEG" else {"compress_level": 1}
     Image.fromarray(image).save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def panel(gray: np.ndarray, maps: Sequence[np.ndarray]) -> np.ndarray:
+    """The image, and beside it each map drawn over it as positive evidence.
+
+    Args:
+      gray: uint8 [H, W] or [H, W, 1].
+      maps: signed maps [*, *].
+
+    Returns:
+      uint8 [H, (m + 1) W + gaps, 3].
+    """
+    gray = gray.reshape(gray.shape[:2])
+    gap = np.zeros((len(gray), max(1, gray.shape[1] // 50), 3), np.uint8)
+    parts = [np.repeat(gray[..., None], 3, axis=2)]
+    for drawn in maps:
+        # A single bright pixel of an input gradient would leave the rest dark.
+        drawn = np.clip(drawn.astype(np.float32), 0, np.quantile(drawn, 0.99))
+        parts += [gap, overlay(gray, drawn)]
+    return np.concatenate(parts, axis=1)

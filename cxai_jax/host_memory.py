@@ -9,6 +9,9 @@ EfficientNet-Lite0's (experiments/results/benchmark_cpu*_default_malloc.json).
 
 import ctypes
 import os
+import signal
+
+import jax
 
 # Parameters of mallopt(3), from malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
@@ -55,3 +58,30 @@ def limit(temporaries: int) -> bool:
         for setting in DEFAULTS.items():
             library.mallopt(*setting)
     return False
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT, so that the loop can save before it ends."""
+
+    def __init__(self):
+        self.asked = 0
+        self._before = {}
+
+    def __enter__(self):
+        if jax.process_count() > 1:  # There JAX's own preemption service listens.
+            return self
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # Only the main thread may listen to signals.
+                break
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        if self.asked:  # The second time means now.
+            raise KeyboardInterrupt
+        self.asked = int(number)

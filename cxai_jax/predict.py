@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cxai_jax import figures, host_memory, novelty, prediction_table, train, trained
+from cxai_jax import figures, host_memory, novelty, prediction_table, trained
 from cxai_jax.data import inputs, transforms
 from cxai_jax.mesh import make_mesh
 from cxai_jax.writer import write_json
@@ -131,7 +131,7 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
 
     files = [path for path in found.files if inputs.printable(path) not in done]
     waiting, begun, number, saved, stopped = [], time.monotonic(), 0, 0, 0
-    with train.StopSignal() as stop:
+    with host_memory.StopSignal() as stop:
         for place, (path, opened) in enumerate(inputs.read_ahead(files, prepare), 1):
             if isinstance(opened, ValueError):
                 name = inputs.printable(path)

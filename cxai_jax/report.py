@@ -338,7 +338,7 @@ def _explanations_section(found: dict, summary: dict, records: Records, names) -
     figure = []
     for i in np.argsort(score):  # The worst first; flat maps (NaN) at the end.
         gray = records.images[rows[found["names"][i]]]
-        panel = explain.panel(gray, [found[name][i] for name in explain.MAPS])
+        panel = figures.panel(gray, [found[name][i] for name in explain.MAPS])
         agreement = "no agreement defined: a map is flat"
         if np.isfinite(score[i]):
             agreement = f"agreement {score[i]:+.2f}"

@@ -18,18 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cxai_jax.models.backbone import Window
 from cxai_jax.types import Array
-
-
-class Window(NamedTuple):
-    """A layer by what it reads: output i reads `size` inputs from i stride - padding.
-
-    Layers without a neighbourhood, 1x1 convolutions and activations, need no Window.
-    """
-
-    size: int
-    stride: int = 1
-    padding: int = 0  # On each side.
 
 
 class Crops(NamedTuple):

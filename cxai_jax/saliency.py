@@ -16,7 +16,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cxai_jax.alignment import every_kth
 from cxai_jax.types import Array, Outputs
 
 
@@ -127,6 +126,13 @@ def explained(values: Array, labels: Array, *, target: str = "centred") -> Array
     index = labels.reshape(-1, *(1,) * (values.ndim - 1))
     chosen = jnp.take_along_axis(values, index, axis=-1)[..., 0]
     return chosen - values.mean(axis=-1) if target == "centred" else chosen
+
+
+def every_kth(x: Array, k: int) -> Array:
+    """Rows 0, k, 2k, ... of [B, ...] as [B/k, ...], local to each device's shard."""
+    if x.shape[0] % k:
+        raise ValueError(f"a batch of {x.shape[0]} images has no {k} equal parts")
+    return x.reshape(x.shape[0] // k, k, *x.shape[1:])[:, 0]
 
 
 def class_map(class_maps: Array, labels: Array, *, target: str = "centred") -> Array:

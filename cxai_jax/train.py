@@ -102,7 +102,7 @@ def loop(run, writer, advance, state, step, total_steps, steps_per_epoch, reside
     timer = Timer(total_steps, step, config.batch_size)
     pending, waiting, begun = [], 0.0, time.monotonic()
     blocked = 0.0  # Seconds in which the host waited for the devices instead.
-    with StopSignal() as stop:
+    with host_memory.StopSignal() as stop:
         while step < total_steps:
             state, metrics, waited = advance(state)
             pending.append(metrics)
@@ -226,30 +226,3 @@ def log(writer, timer, pending, step, total_steps, steps_per_epoch) -> None:
         f"{rate:.1f} images/s ETA {clock(left)}",
         last=step == total_steps,
     )
-
-
-class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can save before it ends."""
-
-    def __init__(self):
-        self.asked = 0
-        self._before = {}
-
-    def __enter__(self):
-        if jax.process_count() > 1:  # There JAX's own preemption service listens.
-            return self
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # Only the main thread may listen to signals.
-                break
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame):
-        if self.asked:  # The second time means now.
-            raise KeyboardInterrupt
-        self.asked = int(number)

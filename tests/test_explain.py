@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from cxai_jax import explain, steps
+from cxai_jax import explain, figures, steps
 from cxai_jax import mesh as meshes
 from cxai_jax.data import phantom
 from cxai_jax.data.records import Records
@@ -204,7 +204,7 @@ def test_saved_maps_keep_their_pattern(tmp_path, found):
 
 def test_panel_is_one_row_of_pictures(found, gray):
     maps = [found[name][0] for name in explain.MAPS]
-    picture = explain.panel(gray[0].astype(np.uint8), maps)
+    picture = figures.panel(gray[0].astype(np.uint8), maps)
     assert picture.dtype == np.uint8 and picture.shape == (SIZE, 4 * SIZE + 3, 3)
     np.testing.assert_array_equal(picture[:, :SIZE, 0], gray[0, ..., 0])
 

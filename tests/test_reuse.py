@@ -11,7 +11,7 @@ from configs.common import get_config
 from cxai_jax import models, reuse, steps, trained, tta, voting
 from cxai_jax.mesh import make_mesh
 from cxai_jax.models import resnet
-from cxai_jax.reuse import Window
+from cxai_jax.models.backbone import Window
 
 
 def build(name):

@@ -5,10 +5,11 @@ A backbone builds its trunk in `setup`, calls `super().setup()` for the head, an
 
 One that can be entered behind its first layers, where a cell of the image reaches a
 small window only, splits `lower` into `prefix` and `suffix` and declares
-`prefix_windows` (reuse.py).
+`prefix_windows` (voting/prefix.py).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ from flax import linen as nn
 from jax import lax
 
 from cxai_jax.models.lowering import Lowering
-from cxai_jax.reuse import Window
 from cxai_jax.types import Array, Mode, Outputs
 
 # Grey levels 0..255: what torchvision's ImageNet weights expect.
@@ -88,6 +88,17 @@ class Projection(nn.Module):
         pooled = features.astype(jnp.float32).mean((1, 2))
         hidden = nn.relu(nn.Dense(PROJECTED, name="hidden")(pooled))
         return nn.Dense(self.width, name="output")(hidden)
+
+
+class Window(NamedTuple):
+    """A layer by what it reads: output i reads `size` inputs from i stride - padding.
+
+    Layers without a neighbourhood, 1x1 convolutions and activations, need no Window.
+    """
+
+    size: int
+    stride: int = 1
+    padding: int = 0  # On each side.
 
 
 class Backbone(nn.Module):

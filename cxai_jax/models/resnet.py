@@ -6,10 +6,9 @@ Symmetric padding, batch norm epsilon 1e-5 and kernel names that follow torchvis
 
 from flax import linen as nn
 
-from cxai_jax.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from cxai_jax.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Window
 from cxai_jax.models.lowering import Lowering, max_pool
 from cxai_jax.models.norm import BatchNorm, ConvNorm
-from cxai_jax.reuse import Window
 from cxai_jax.types import Array, Mode
 
 MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
