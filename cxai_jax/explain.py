@@ -15,13 +15,15 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from cxai_jax import alignment, saliency, steps
-from cxai_jax import explanation_metrics as em
 from cxai_jax import mesh as meshes
-from cxai_jax.augment import normalise
+from cxai_jax import steps
 from cxai_jax.data import pipeline, transforms
+from cxai_jax.data.augment import normalise
 from cxai_jax.data.records import Records
-from cxai_jax.grid import upsample
+from cxai_jax.maps import quality as em
+from cxai_jax.maps import saliency
+from cxai_jax.maps.grid import upsample
+from cxai_jax.objectives import alignment
 from cxai_jax.types import Array, PyTree
 
 MAPS = {

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cxai_jax.grid import interpolation_matrix
+from cxai_jax.maps.grid import interpolation_matrix
 
 INK = "#010203"  # Near black on paper, the page's own text colour in an SVG.
 COLOURS = ("#3b82c4", "#e07a2f", "#2f9e77", "#b0569b", "#8a8f2f", "#7b6bd6")

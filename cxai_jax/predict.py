@@ -17,8 +17,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cxai_jax import figures, host_memory, novelty, prediction_table, trained
-from cxai_jax.data import inputs, transforms
+from cxai_jax import figures, host_memory, prediction_table, trained
+from cxai_jax.data import inputs, novelty, transforms
 from cxai_jax.mesh import make_mesh
 from cxai_jax.writer import write_json
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cxai_jax import figures
-from cxai_jax.augment import augment
 from cxai_jax.data import pipeline
+from cxai_jax.data.augment import augment
 from cxai_jax.data.records import Records
-from cxai_jax.mixing import MIXES
+from cxai_jax.objectives.mixing import MIXES
 
 COLUMNS = 8
 SIDE = 112  # Pixels of each tile at most.

@@ -17,10 +17,12 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from cxai_jax import alignment, losses, saliency, tta, voting
-from cxai_jax.augment import CROPS, Scale, augment, normalise
-from cxai_jax.cam import of_class, patch_relevance
-from cxai_jax.mixing import MIXES
+from cxai_jax import tta, voting
+from cxai_jax.data.augment import CROPS, Scale, augment, normalise
+from cxai_jax.maps import saliency
+from cxai_jax.maps.cam import of_class, patch_relevance
+from cxai_jax.objectives import alignment, losses
+from cxai_jax.objectives.mixing import MIXES
 from cxai_jax.types import Array, Batch, PyTree
 
 

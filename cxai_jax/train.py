@@ -18,7 +18,6 @@ from cxai_jax import (
     evaluate,
     explain,
     host_memory,
-    novelty,
     outcome,
     preview,
     report,
@@ -27,6 +26,7 @@ from cxai_jax import (
 )
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
+from cxai_jax.data import novelty
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.writer import Timer, Writer, clock, read_log, write_json
 

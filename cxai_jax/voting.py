@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cxai_jax import tta
-from cxai_jax.augment import Scale, normalise
-from cxai_jax.cam import of_class
+from cxai_jax.data.augment import Scale, normalise
+from cxai_jax.maps.cam import of_class
 from cxai_jax.reuse import Crops, plan_crops
 from cxai_jax.types import PyTree
 

@@ -21,8 +21,8 @@ from PIL import Image
 
 from configs import demo
 from cxai_jax import data, evaluate, figures, train
-from cxai_jax import explanation_metrics as em
-from cxai_jax.grid import upsample
+from cxai_jax.maps import quality as em
+from cxai_jax.maps.grid import upsample
 
 ROWS = {"baseline": "cross-entropy", "full": "SnapMix + CPE"}
 COUNT = 2  # Slices drawn, of as many patients.

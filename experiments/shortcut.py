@@ -23,13 +23,13 @@ from ml_collections import ConfigDict
 
 from configs import common, cxr, demo
 from cxai_jax import explain, figures, host_memory, outcome, trained
-from cxai_jax import explanation_metrics as em
 from cxai_jax import mesh as meshes
 from cxai_jax import train as training
 from cxai_jax.config import claim_workdir
 from cxai_jax.data import phantom, transforms
 from cxai_jax.data.records import Records
-from cxai_jax.grid import upsample
+from cxai_jax.maps import quality as em
+from cxai_jax.maps.grid import upsample
 from cxai_jax.writer import write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cxai_jax import alignment
+from cxai_jax.objectives import alignment
 
 U = np.arange(32.0).reshape(2, 4, 4)
 LITERAL = [  # Non-negative maps, for rectify="zero".

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cxai_jax import cam
+from cxai_jax.maps import cam
 
 
 def naive_percent_map(maps, size):

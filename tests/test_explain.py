@@ -13,7 +13,7 @@ from cxai_jax import explain, figures, steps
 from cxai_jax import mesh as meshes
 from cxai_jax.data import phantom
 from cxai_jax.data.records import Records
-from cxai_jax.grid import interpolation_matrix
+from cxai_jax.maps.grid import interpolation_matrix
 from cxai_jax.models import tiny
 from experiments import alignment, shortcut
 

@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from cxai_jax import explanation_metrics as metrics
+from cxai_jax.maps import quality as metrics
 
 GOLDEN = json.loads(
     (Path(__file__).parent / "golden" / "explanation_metrics.json").read_text()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cxai_jax.grid import (
+from cxai_jax.maps.grid import (
     apply_separable,
     interpolation_matrix,
     upsample,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cxai_jax import losses
+from cxai_jax.objectives import losses
 
 
 def naive_patch_embedding(features, relevance, n, normalize, temperature, negatives):

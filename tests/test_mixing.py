@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cxai_jax import cam as cams
-from cxai_jax.mixing import MIXES, draw, paste, sample_box, snapmix, taps
+from cxai_jax.maps import cam as cams
+from cxai_jax.objectives.mixing import MIXES, draw, paste, sample_box, snapmix, taps
 
 REFERENCE = Path(__file__).parents[1].parent / "shared/reference/snapmix_visible.npz"
 OPTIONS = dict(prob=1.0, beta=1.0, same_class="double", boxes="batch", groups=1)

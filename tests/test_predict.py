@@ -14,9 +14,10 @@ from conftest import REPO
 from PIL import Image
 from untrained_run import make_run
 
-from cxai_jax import cam, novelty, predict, steps, trained, tta
-from cxai_jax.augment import normalise
-from cxai_jax.data import inputs, transforms
+from cxai_jax import predict, steps, trained, tta
+from cxai_jax.data import inputs, novelty, transforms
+from cxai_jax.data.augment import normalise
+from cxai_jax.maps import cam
 from cxai_jax.mesh import make_mesh
 from cxai_jax.models import tiny
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cxai_jax import alignment, saliency
+from cxai_jax.maps import saliency
+from cxai_jax.objectives import alignment
 from cxai_jax.types import Outputs
 
 LABELS = jnp.array([0, 2, 1])

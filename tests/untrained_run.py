@@ -5,9 +5,10 @@ from pathlib import Path
 import jax
 
 from configs import demo
-from cxai_jax import data, novelty, setup, steps
+from cxai_jax import data, setup, steps
 from cxai_jax.checkpoint import Checkpoints
 from cxai_jax.config import claim_workdir
+from cxai_jax.data import novelty
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.writer import write_json
 

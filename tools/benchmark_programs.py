@@ -17,8 +17,8 @@ import numpy as np
 from configs import common
 from cxai_jax import compilation, models, setup, steps, tta, voting
 from cxai_jax import mesh as meshes
-from cxai_jax.augment import normalise
 from cxai_jax.data import pipeline
+from cxai_jax.data.augment import normalise
 from cxai_jax.data.records import Records
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.types import Array, Batch

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cxai_jax.saliency import every_kth
+from cxai_jax.maps.saliency import every_kth
 from cxai_jax.types import Array
 
 RECTIFY = ("mean", "zero")

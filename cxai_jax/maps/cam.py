@@ -8,7 +8,7 @@ that.
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from cxai_jax.grid import (
+from cxai_jax.maps.grid import (
     apply_separable,
     height_and_width,
     upsample,

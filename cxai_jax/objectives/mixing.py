@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cxai_jax.cam import is_flat, semantic_percent_map
-from cxai_jax.grid import height_and_width
+from cxai_jax.maps.cam import is_flat, semantic_percent_map
+from cxai_jax.maps.grid import height_and_width
 from cxai_jax.types import Array
 
 SAME_CLASS = ("double", "interp")
