@@ -12,10 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cxai_jax import compilation, figures, outcome, preview, setup, steps
+from cxai_jax import compilation, figures, outcome, preview, setup
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.data.records import Dataset, Records
+from cxai_jax.methods.guided import make_train_step
+from cxai_jax.methods.method import create_state
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.types import Batch
 from cxai_jax.writer import clock
@@ -149,7 +151,7 @@ def overfit(run: setup.Run, fit: Records) -> Iterator[str]:
         config.optim, OVERFIT_STEPS, setup.learning_rate_groups(config)
     )
     step = jax.jit(
-        steps.make_train_step(
+        make_train_step(
             run.network.model,
             optimizer,
             config,
@@ -161,7 +163,7 @@ def overfit(run: setup.Run, fit: Records) -> Iterator[str]:
     labels, sites = (np.asarray(x[rows], np.int32) for x in (fit.labels, fit.sites))
     batch = Batch(images, sizes, labels, sites, np.ones(len(rows), bool))
     batch = meshes.put_rows(batch, run.mesh)
-    state = steps.create_state(run.network.variables, optimizer)
+    state = create_state(run.network.variables, optimizer)
     state = meshes.put_replicated(state, run.mesh)
     found = []
     for _ in range(OVERFIT_STEPS):
@@ -179,7 +181,7 @@ def overfit(run: setup.Run, fit: Records) -> Iterator[str]:
 def cost(run: setup.Run) -> Iterator[str]:
     """Compiles the run's own step, times it and extrapolates."""
     config, plan = run.config, setup.make_plan(run)
-    state = steps.create_state(run.network.variables, plan.optimizer)
+    state = create_state(run.network.variables, plan.optimizer)
     state = meshes.put_replicated(state, run.mesh)
     advance, about = compilation.compile_run(run, plan, state, 0)
     state, metrics, _ = advance(state)

@@ -6,13 +6,15 @@ import jax
 from jax.sharding import Mesh
 
 from cxai_jax import mesh as meshes
-from cxai_jax import setup, steps
+from cxai_jax import setup
 from cxai_jax.data import pipeline
+from cxai_jax.methods.guided import make_train_step
+from cxai_jax.methods.method import TrainState, resident
 
 
-def compile_run(run: setup.Run, plan: setup.Plan, state: steps.TrainState, step: int):
+def compile_run(run: setup.Run, plan: setup.Plan, state: TrainState, step: int):
     """`compile_step` of a run's own step, to go on from `step`."""
-    train_step = steps.make_train_step(
+    train_step = make_train_step(
         run.network.model,
         plan.optimizer,
         run.config,
@@ -60,10 +62,10 @@ def compile_step(train_step, state, fit, stream, step, config, mesh: Mesh):
             stream, step, config.train.steps_per_call, config.train.batch_size, mesh
         )
         inputs = ((split, block) for block in rows)
-        resident = steps.resident(train_step)
+        many = resident(train_step)
 
         def call(state, split, rows, key):
-            return resident(state, split, rows, jax.random.wrap_key_data(key))
+            return many(state, split, rows, jax.random.wrap_key_data(key))
 
     first = next(inputs)
     # Donated: the new state takes the old one's memory. The output shardings are

@@ -7,8 +7,9 @@ from importlib import metadata
 
 import jax
 
-from cxai_jax import calibration, evaluate, explain, setup
 from cxai_jax import mesh as meshes
+from cxai_jax import setup
+from cxai_jax.scoring import calibration, evaluate, explanations
 
 EXPLAINED = 24  # Test images whose maps are measured where an alignment term is on.
 
@@ -86,15 +87,15 @@ def explain_some(run: setup.Run, state) -> dict:
     """Measures the maps of some test images and keeps them for the report."""
     config, split = run.config, run.config.data.test
     records = run.dataset.splits[split]
-    records = records.subset(explain.evenly(len(records), EXPLAINED))
+    records = records.subset(explanations.evenly(len(records), EXPLAINED))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    found = explain.explain(
+    found = explanations.explain(
         run.network.model, run.network.scale, config, run.mesh, variables, records
     )
     if jax.process_index() == 0:
-        explain.save(run.workdir / f"explanations_{split}.npz", found)
-    masks = explain.lung_masks(records, config.data.image_size)
-    return explain.summarise(explain.measure(found, masks))
+        explanations.save(run.workdir / f"explanations_{split}.npz", found)
+    masks = explanations.lung_masks(records, config.data.image_size)
+    return explanations.summarise(explanations.measure(found, masks))
 
 
 def versions() -> dict:

@@ -9,8 +9,10 @@ from html import escape
 
 import numpy as np
 
-from cxai_jax import explain, figures, metrics, page, tta
+from cxai_jax import figures, page
 from cxai_jax.data.records import Records
+from cxai_jax.scoring import explanations, metrics
+from cxai_jax.voting import rules
 
 SCORES = {  # Key in results.json -> heading.
     "accuracy": "Accuracy",
@@ -77,7 +79,7 @@ def run_report(
     theta = config["tta"]["theta"]
     after, opposing = before, None
     if k:
-        votes = tta.votes_for(probs, theta=theta, k=k)
+        votes = rules.votes_for(probs, theta=theta, k=k)
         after, opposing = np.asarray(votes.labels), np.asarray(votes.opposing)
     verdict = data["leakage"].get("verdict", "not examined")
     leaks = verdict != "clean"
@@ -333,12 +335,15 @@ def _gallery(predictions, records, names, rows) -> str:
 
 
 def _explanations_section(found: dict, summary: dict, records: Records, names) -> str:
-    score, rows = explain.agreement(found), {n: i for i, n in enumerate(records.names)}
+    score, rows = (
+        explanations.agreement(found),
+        {n: i for i, n in enumerate(records.names)},
+    )
     chosen = found["probs"].argmax(1)
     figure = []
     for i in np.argsort(score):  # The worst first; flat maps (NaN) at the end.
         gray = records.images[rows[found["names"][i]]]
-        panel = figures.panel(gray, [found[name][i] for name in explain.MAPS])
+        panel = figures.panel(gray, [found[name][i] for name in explanations.MAPS])
         agreement = "no agreement defined: a map is flat"
         if np.isfinite(score[i]):
             agreement = f"agreement {score[i]:+.2f}"
@@ -365,13 +370,13 @@ def _explanations_section(found: dict, summary: dict, records: Records, names) -
         ("Map", *known.values()),
         [
             (title, *(f"{summary[f'{key}/{name}']['mean']:.2f}" for key in known))
-            for name, title in explain.MAPS.items()
+            for name, title in explanations.MAPS.items()
         ],
         f"Means over {len(score)} images. Flat or empty maps agree without meaning it",
     )
     return page.section(
         "Do the explanations agree?",
-        f"<p>Left to right: image, {', '.join(explain.MAPS.values())}, each of the "
+        f"<p>Left to right: image, {', '.join(explanations.MAPS.values())}, each of the "
         "predicted class. Agreement is the mean rank correlation of the three maps, 1 "
         "if they order the regions equally; it says nothing about being right. "
         f"{len(score)} images, least agreement first.</p>",

@@ -13,13 +13,16 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from cxai_jax import data, evaluate, models, steps
+from cxai_jax import data, models
 from cxai_jax import mesh as meshes
 from cxai_jax.checkpoint import Checkpoints
 from cxai_jax.data import pipeline
+from cxai_jax.data.augment import Scale
 from cxai_jax.data.records import Dataset, Records, concatenate
+from cxai_jax.methods.guided import check_config
 from cxai_jax.models import pretrained
 from cxai_jax.optimizer import make_optimizer
+from cxai_jax.scoring import evaluate
 from cxai_jax.types import PyTree
 
 
@@ -29,7 +32,7 @@ class Network:
 
     model: nn.Module
     variables: PyTree
-    scale: steps.Scale
+    scale: Scale
     pretrained: dict  # What was loaded; {} when training starts from scratch.
 
 
@@ -51,7 +54,7 @@ def build_network(config, num_classes: int, *, abstract: bool = False) -> Networ
         variables, summary = pretrained.load_pretrained(
             config.model.pretrained, config.model.name, variables
         )
-    scale = steps.Scale(*models.normalisation(config.model.name))
+    scale = Scale(*models.normalisation(config.model.name))
     return Network(model, variables, scale, summary)
 
 
@@ -113,7 +116,7 @@ class Run:
 
 def open_run(config, workdir: Path) -> Run:
     """Checks the config, loads the data and builds the network of a run."""
-    steps.check_config(config)
+    check_config(config)
     if config.train.selection not in ("last", "best_val"):
         raise ValueError(
             f"config.train.selection is {config.train.selection!r}; known: last, "

@@ -13,21 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cxai_jax import (
-    compilation,
-    evaluate,
-    explain,
-    host_memory,
-    outcome,
-    preview,
-    report,
-    setup,
-    steps,
-)
+from cxai_jax import compilation, host_memory, outcome, preview, report, setup
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.data import novelty
+from cxai_jax.methods.method import create_state
 from cxai_jax.optimizer import make_optimizer
+from cxai_jax.scoring import evaluate, explanations
 from cxai_jax.writer import Timer, Writer, clock, read_log, write_json
 
 
@@ -50,7 +42,7 @@ def train(config, workdir: Path) -> dict:
     claim_workdir(config, workdir, write=jax.process_index() == 0)
     run = setup.open_run(config, workdir)
     plan = setup.make_plan(run)
-    state = steps.create_state(run.network.variables, plan.optimizer)
+    state = create_state(run.network.variables, plan.optimizer)
     step, restored = 0, run.checkpoints.restore("latest", state)
     if restored:
         state, step, about = restored
@@ -171,7 +163,7 @@ def score(config, workdir: Path) -> dict:
     """
     run = setup.open_run(config, workdir)
     optimizer = make_optimizer(config.optim, 1, setup.learning_rate_groups(config))
-    state = steps.create_state(run.network.variables, optimizer)
+    state = create_state(run.network.variables, optimizer)
     restored = run.checkpoints.restore("latest", state)
     if restored is None:
         raise FileNotFoundError(
@@ -198,7 +190,7 @@ def finish(run: setup.Run, writer: Writer | None, results: dict) -> None:
             evaluate.load_predictions(run.workdir / f"predictions_{split}.npz"),
             run.dataset.splits[split],
             read_log(run.workdir),
-            explain.load(run.workdir / f"explanations_{split}.npz")
+            explanations.load(run.workdir / f"explanations_{split}.npz")
             if results["explanations"]
             else None,
         )

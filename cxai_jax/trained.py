@@ -12,12 +12,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cxai_jax import mesh as meshes
-from cxai_jax import setup, steps, tta, voting
+from cxai_jax import setup
 from cxai_jax.checkpoint import Checkpoints
 from cxai_jax.config import read_config
+from cxai_jax.data.augment import Scale
 from cxai_jax.executables import Executables
+from cxai_jax.methods.method import create_state
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.types import PyTree
+from cxai_jax.voting import rules
+from cxai_jax.voting.forward import (
+    make_first_look,
+    make_next_votes,
+    make_vote_forward,
+    make_voting_step,
+    prefix_crops,
+)
 
 
 class Trained(NamedTuple):
@@ -27,7 +37,7 @@ class Trained(NamedTuple):
     class_names: list[str]
     positive: int
     model: nn.Module
-    scale: steps.Scale
+    scale: Scale
     variables: PyTree  # NumPy arrays: params and batch_stats.
     step: int  # Of the checkpoint that the run's selection rule chose.
 
@@ -53,7 +63,7 @@ def load(workdir: Path) -> Trained:
     network = setup.build_network(fresh, len(data["class_names"]), abstract=True)
     optimizer = make_optimizer(config.optim, 1, setup.learning_rate_groups(config))
     template = jax.eval_shape(
-        lambda variables: steps.create_state(variables, optimizer), network.variables
+        lambda variables: create_state(variables, optimizer), network.variables
     )
     kind = "best" if config.train.selection == "best_val" else "latest"
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
@@ -104,14 +114,14 @@ class Predictor:
         self._grid = config.data.image_size // config.tta.patch
         self._variables = meshes.put_replicated(trained.variables, mesh)
         self._early = bool(config.tta.k) and config.tta.early_exit
-        make = voting.make_first_look if self._early else steps.make_voting_step
+        make = make_first_look if self._early else make_voting_step
         self._look = jit(make(trained.model, trained.scale, config.tta))
-        crops = voting.prefix_crops(trained.model, config.data.image_size, config.tta)
+        crops = prefix_crops(trained.model, config.data.image_size, config.tta)
         if crops:  # The carried maps are replaced call by call: donated.
-            votes = voting.make_next_votes(trained.model, crops)
+            votes = make_next_votes(trained.model, crops)
             self._forward = jit(votes, donate_argnums=2)
         else:
-            self._forward = jit(voting.make_vote_forward(trained.model))
+            self._forward = jit(make_vote_forward(trained.model))
 
     def __call__(self, images: np.ndarray) -> Predicted:
         """Predicts uint8 [B, S, S, 1] of at most `batch_size` images."""
@@ -124,7 +134,7 @@ class Predictor:
         before = first.argmax(1)
         after, opposing, cast, saved = before, None, None, 0
         if self._early:
-            votes = tta.vote_early(
+            votes = rules.vote_early(
                 functools.partial(self._forward, self._variables)
                 if "prefix" in seen
                 else self._vote,

@@ -23,13 +23,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import cxr
-from cxai_jax import explain, host_memory, outcome, trained
+from cxai_jax import host_memory, outcome, trained
 from cxai_jax import mesh as meshes
 from cxai_jax import train as training
 from cxai_jax.config import claim_workdir
 from cxai_jax.data import load as load_data
 from cxai_jax.data import phantom
 from cxai_jax.data.records import Mapped, Records
+from cxai_jax.scoring import explanations
 from cxai_jax.writer import write_json
 from experiments.shortcut import predicted
 
@@ -127,7 +128,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, np.ndarray]:
 
 def explained(model: trained.Trained, records: Records) -> dict[str, np.ndarray]:
     """Every explanation metric of every image, name -> [N]."""
-    found = explain.explain(
+    found = explanations.explain(
         model.model,
         model.scale,
         model.config,
@@ -135,8 +136,8 @@ def explained(model: trained.Trained, records: Records) -> dict[str, np.ndarray]
         model.variables,
         records,
     )
-    masks = explain.lung_masks(records, model.config.data.image_size)
-    return explain.measure(found, masks)
+    masks = explanations.lung_masks(records, model.config.data.image_size)
+    return explanations.measure(found, masks)
 
 
 def paste(image: np.ndarray) -> np.ndarray:

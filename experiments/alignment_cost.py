@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from configs import cxr
-from cxai_jax import models, outcome, steps
+from cxai_jax import models, outcome
+from cxai_jax.data.augment import Scale
+from cxai_jax.methods.guided import make_train_step
+from cxai_jax.methods.method import create_state
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.types import Batch
 from cxai_jax.writer import write_json
@@ -75,11 +78,11 @@ def lowered_step(
     optimizer = make_optimizer(
         config.optim, 100, lambda params: jax.tree.map(lambda _: "fresh", params)
     )
-    step = steps.make_train_step(
+    step = make_train_step(
         model,
         optimizer,
         config,
-        scale=steps.Scale(*models.normalisation(model_name)),
+        scale=Scale(*models.normalisation(model_name)),
         total_steps=100,
     )
 
@@ -93,7 +96,7 @@ def lowered_step(
             sites=jnp.zeros(batch_size, jnp.int32),
             valid=jnp.ones(batch_size, bool),
         )
-        return steps.create_state(variables, optimizer), batch, key
+        return create_state(variables, optimizer), batch, key
 
     return jax.jit(step).lower(*jax.eval_shape(arguments))
 

@@ -24,9 +24,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cxai_jax import evaluate, host_memory, metrics, outcome, tta
+from cxai_jax import host_memory, outcome
 from cxai_jax import train as training
 from cxai_jax.config import claim_workdir, flatten, load_config_file
+from cxai_jax.scoring import evaluate, metrics
+from cxai_jax.voting import rules
 from cxai_jax.writer import write_json
 from experiments.alignment import average, f1
 
@@ -209,7 +211,7 @@ def scores(weights: np.ndarray, run: dict) -> dict[str, np.ndarray]:
     )
     if (k := probs.shape[1] - 1) > 0:
         theta = about["config"]["tta"]["theta"]
-        chosen = np.asarray(tta.vote(probs, theta=theta, k=k))
+        chosen = np.asarray(rules.vote(probs, theta=theta, k=k))
         for name, value in decisions(weights, labels, chosen, positive).items():
             found[f"{name} after voting"] = value
     return found

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cxai_jax import trained, tta
+from cxai_jax import trained
 from cxai_jax.data import transforms
 from cxai_jax.mesh import make_mesh
+from cxai_jax.voting import rules
 from experiments.run_files import read_run
 
 
@@ -33,7 +34,7 @@ def compare(probs: np.ndarray, early: Sequence[trained.Predicted], tta_config) -
       masked_forwards of the full pass, and votes_not_cast and forwards_saved of them;
       forwards that only fill a batch are run but cast no vote.
     """
-    full = tta.votes_for(probs, theta=tta_config.theta, k=tta_config.k)
+    full = rules.votes_for(probs, theta=tta_config.theta, k=tta_config.k)
     labels = np.concatenate([batch.after for batch in early])
     first = np.concatenate([batch.probs for batch in early])
     every = tta_config.k * len(labels)

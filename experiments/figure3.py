@@ -19,7 +19,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from cxai_jax import evaluate, figures, tta
+from cxai_jax import figures
+from cxai_jax.scoring import evaluate
+from cxai_jax.voting import rules
 
 THETAS = np.round(np.arange(0.05, 0.51, 0.05), 2)
 
@@ -29,7 +31,7 @@ def accuracy(predictions: dict, *, k: int, theta: float) -> float:
     if k == 0:
         labels = predictions["probs"][:, 0].argmax(1)
     else:
-        labels = np.asarray(tta.vote(predictions["probs"], theta=theta, k=k))
+        labels = np.asarray(rules.vote(predictions["probs"], theta=theta, k=k))
     return float((labels == predictions["labels"]).mean())
 
 

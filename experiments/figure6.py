@@ -14,8 +14,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from cxai_jax import figures, tta
+from cxai_jax import figures
 from cxai_jax.data import transforms
+from cxai_jax.voting import rules
 from experiments.run_files import read_run, rows_of
 
 STAGES = 3  # Masked images shown per row, evenly up to all k masks.
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     probs, k = predictions["probs"], predictions["probs"].shape[1] - 1
     if k == 0:
         parser.error(f"{given.run} was scored without voting; use --config.tta.k=31")
-    votes = tta.votes_for(probs, theta=config.tta.theta, k=k)
+    votes = rules.votes_for(probs, theta=config.tta.theta, k=k)
     before, after = np.asarray(votes.original), np.asarray(votes.labels)
     opposing = np.asarray(votes.opposing)
     rows = rows_of(predictions, given.images)
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = results["data"]["class_names"]
     figure = draw(
         [transforms.squash(records.images[int(row)], size) for row in rows],
-        np.asarray(tta.rank_cells(maps, grid=size // patch, k=k, patch=patch)),
+        np.asarray(rules.rank_cells(maps, grid=size // patch, k=k, patch=patch)),
         [probs[row, :, before[row]] for row in rows],
         maps,
         [

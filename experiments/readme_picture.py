@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from configs import demo
-from cxai_jax import data, evaluate, figures, train
+from cxai_jax import data, figures, train
 from cxai_jax.maps import quality as em
 from cxai_jax.maps.grid import upsample
+from cxai_jax.scoring import evaluate
 
 ROWS = {"baseline": "cross-entropy", "full": "SnapMix + CPE"}
 COUNT = 2  # Slices drawn, of as many patients.

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from cxai_jax import data, evaluate
+from cxai_jax import data
 from cxai_jax.config import read_config
 from cxai_jax.data.records import Records
+from cxai_jax.scoring import evaluate
 
 
 def read_run(workdir: Path) -> tuple[ConfigDict, dict, dict, Records]:

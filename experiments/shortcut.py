@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from configs import common, cxr, demo
-from cxai_jax import explain, figures, host_memory, outcome, trained
+from cxai_jax import figures, host_memory, outcome, trained
 from cxai_jax import mesh as meshes
 from cxai_jax import train as training
 from cxai_jax.config import claim_workdir
@@ -30,6 +30,7 @@ from cxai_jax.data import phantom, transforms
 from cxai_jax.data.records import Records
 from cxai_jax.maps import quality as em
 from cxai_jax.maps.grid import upsample
+from cxai_jax.scoring import explanations
 from cxai_jax.writer import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -134,7 +135,7 @@ def run(config: ConfigDict, workdir: Path, clean: Records, marked: Records) -> d
     mesh = meshes.make_mesh()
 
     def explained(records: Records) -> dict:
-        return explain.explain(
+        return explanations.explain(
             model.model, model.scale, model.config, mesh, model.variables, records
         )
 
@@ -144,7 +145,7 @@ def run(config: ConfigDict, workdir: Path, clean: Records, marked: Records) -> d
     found = explained(marked.subset(rows))
     boxes = letter_boxes(clean, marked, config.data.image_size)[rows]
     values = score(first, second, marked.labels) | on_letter(found, boxes)
-    summary = explain.summarise(explain.measure(found))
+    summary = explanations.summarise(explanations.measure(found))
     kept = ("agreement", "entropy/cam", "empty/cam", "occlusion/cam")
     values |= {name: summary[name]["mean"] for name in kept}
     write_json(done, values)
@@ -179,7 +180,7 @@ def score(clean: np.ndarray, marked: np.ndarray, labels: np.ndarray) -> dict:
 def on_letter(found: dict, boxes: np.ndarray) -> dict:
     """Share of each map's energy in the letter's box, and the share of a flat map."""
     values = {"letter/area": float(boxes.mean())}
-    for name in (*explain.MAPS, "occlusion"):
+    for name in (*explanations.MAPS, "occlusion"):
         drawn = np.asarray(upsample(np.maximum(found[name], 0), boxes.shape[1]))
         mass = em.energy_pointing_game(drawn, boxes)
         values[f"letter/{name}"] = em.mean_and_excluded(mass)[0]

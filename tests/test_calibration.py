@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cxai_jax import calibration
+from cxai_jax.scoring import calibration
 
 
 def drawn(n=4000, scale=1.0, seed=0):

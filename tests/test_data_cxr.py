@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import cxr as cxr_config
-from cxai_jax import data, evaluate, setup
+from cxai_jax import data, setup
 from cxai_jax import mesh as meshes
 from cxai_jax.data import cxr, folder, pipeline, store
 from cxai_jax.data.records import Dataset, Records
+from cxai_jax.scoring import evaluate
 from tools import prepare_data
 
 HEADER = "filename,patientid,finding,view,lung_mask,license\n"

@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from cxai_jax import explain, figures, steps
+from cxai_jax import figures
 from cxai_jax import mesh as meshes
 from cxai_jax.data import phantom
+from cxai_jax.data.augment import Scale
 from cxai_jax.data.records import Records
 from cxai_jax.maps.grid import interpolation_matrix
 from cxai_jax.models import tiny
+from cxai_jax.scoring import explanations
 from experiments import alignment, shortcut
 
 SIZE, GRID, NUMBER = 32, 4, 6
-SCALE = steps.Scale(tiny.MEAN, tiny.STD)
+SCALE = Scale(tiny.MEAN, tiny.STD)
 
 
 def records():
@@ -56,14 +58,14 @@ def found(network):
             "augment": {"crop": "none"},
         }
     )
-    return explain.explain(
+    return explanations.explain(
         model, SCALE, config, meshes.make_mesh(1), variables, records()
     )
 
 
 @pytest.fixture(scope="module")
 def gray():
-    squash = explain.transforms.squash
+    squash = explanations.transforms.squash
     return np.stack([squash(i, SIZE) for i in records().images]).astype(np.float32)
 
 
@@ -116,7 +118,7 @@ def test_deletion_follows_the_map(network, found, gray):
     for image, cam, label in zip(gray, found["cam"], chosen, strict=True):
         smooth = (matrix @ cam @ matrix.T).astype(np.float32).ravel()
         order = np.argsort(-smooth, kind="stable")
-        step = -(-SIZE * SIZE // explain.POINTS)
+        step = -(-SIZE * SIZE // explanations.POINTS)
         stack = []
         for count in range(0, SIZE * SIZE + 1, step):
             x = image.reshape(-1).copy()
@@ -142,26 +144,26 @@ def same_maps(flat=()):
 
 
 def test_equal_maps_agree_perfectly():
-    values = explain.measure(same_maps())
+    values = explanations.measure(same_maps())
     np.testing.assert_allclose(values["agreement"], 1)
     np.testing.assert_allclose(values["alignment"], 0, atol=1e-6)
     np.testing.assert_allclose(values["js/cam~input_gradient"], 0, atol=1e-6)
     np.testing.assert_allclose(values["occlusion/gradcam_lower"], 1)
-    assert not any(values[f"empty/{name}"].any() for name in explain.MAPS)
+    assert not any(values[f"empty/{name}"].any() for name in explanations.MAPS)
 
 
 def test_opposite_maps_disagree():
     found = same_maps()
     found["cam"] = -found["cam"]
-    values = explain.measure(found)
+    values = explanations.measure(found)
     np.testing.assert_allclose(values["spearman/cam~gradcam_lower"], -1)
     np.testing.assert_allclose(values["agreement"], (-1 - 1 + 1) / 3)
-    np.testing.assert_allclose(explain.agreement(found), values["agreement"])
+    np.testing.assert_allclose(explanations.agreement(found), values["agreement"])
 
 
 def test_flat_maps_are_empty_flat_and_excluded():
-    values = explain.measure(same_maps(flat=[2]))
-    summary = explain.summarise(values)
+    values = explanations.measure(same_maps(flat=[2]))
+    summary = explanations.summarise(values)
     assert np.isnan(values["agreement"][2])
     assert summary["agreement"] == {"mean": pytest.approx(1), "excluded": 1}
     assert summary["empty/cam"]["mean"] == pytest.approx(1 / 5)
@@ -174,7 +176,7 @@ def test_energy_in_the_lungs_counts_masked_images_only():
     masks = np.zeros((5, SIZE, SIZE), bool)
     masks[:4] = True
     masks[0, :, SIZE // 2 :] = False
-    values = explain.measure(found, masks)
+    values = explanations.measure(found, masks)
     np.testing.assert_allclose(values["lung/cam"][1:4], 1)
     np.testing.assert_allclose(values["pointing/input_gradient"][1:4], 1)
     assert 0 < values["lung/cam"][0] < 1
@@ -186,24 +188,26 @@ def test_energy_in_the_lungs_counts_masked_images_only():
 
 def test_lung_masks_are_empty_where_absent():
     split = records()
-    masks = explain.lung_masks(split, SIZE)
+    masks = explanations.lung_masks(split, SIZE)
     assert masks[0].any() and not masks[1].any()
-    assert explain.lung_masks(dataclasses.replace(split, lung_masks=None), 8) is None
+    assert (
+        explanations.lung_masks(dataclasses.replace(split, lung_masks=None), 8) is None
+    )
 
 
 def test_saved_maps_keep_their_pattern(tmp_path, found):
-    explain.save(tmp_path / "explanations_test.npz", found)
+    explanations.save(tmp_path / "explanations_test.npz", found)
     with np.load(tmp_path / "explanations_test.npz") as file:
         saved = dict(file)
     peak = np.abs(saved["gradcam_lower"]).max(axis=(1, 2))
     np.testing.assert_allclose(peak, 1, rtol=1e-3)
     np.testing.assert_allclose(
-        explain.agreement(saved), explain.agreement(found), atol=0.05
+        explanations.agreement(saved), explanations.agreement(found), atol=0.05
     )
 
 
 def test_panel_is_one_row_of_pictures(found, gray):
-    maps = [found[name][0] for name in explain.MAPS]
+    maps = [found[name][0] for name in explanations.MAPS]
     picture = figures.panel(gray[0].astype(np.uint8), maps)
     assert picture.dtype == np.uint8 and picture.shape == (SIZE, 4 * SIZE + 3, 3)
     np.testing.assert_array_equal(picture[:, :SIZE, 0], gray[0, ..., 0])

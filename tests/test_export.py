@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from untrained_run import make_run
 
-from cxai_jax import steps, trained, tta
+from cxai_jax import trained
+from cxai_jax.voting import rules
+from cxai_jax.voting.forward import make_predict_step
 from tools import export_model
 
 pytest.importorskip("flatbuffers")
@@ -31,14 +33,14 @@ def test_exported_equals_live(run, tmp_path, votes):
     model = trained.load(run)
     model.config.tta.k = votes
     images = np.random.default_rng(0).integers(0, 255, (3, 32, 32), np.uint8)
-    predict = steps.make_predict_step(model.model, model.scale, model.config.tta)
+    predict = make_predict_step(model.model, model.scale, model.config.tta)
     live = jax.jit(predict)(model.variables, images[..., None])
     for batch in (images, images[:1]):  # One file serves every batch size.
         out = jax.jit(exported.call)(batch)
         number = len(batch)
         expected = np.asarray(live["probs"][:number, 0].argmax(-1))
         if votes:
-            voted = tta.votes_for(live["probs"][:number], theta=0.45, k=votes)
+            voted = rules.votes_for(live["probs"][:number], theta=0.45, k=votes)
             expected = np.asarray(voted.labels)
             np.testing.assert_array_equal(out["opposing"], voted.opposing)
         for i, name in enumerate(model.class_names):

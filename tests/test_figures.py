@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from cxai_jax import figures, metrics
+from cxai_jax import figures
+from cxai_jax.scoring import metrics
 
 
 @pytest.fixture

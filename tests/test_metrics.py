@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from cxai_jax import metrics
+from cxai_jax.scoring import metrics
 
 
 def some_predictions(count=60, classes=2, seed=0):

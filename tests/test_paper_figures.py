@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from untrained_run import make_run
 
-from cxai_jax import data, evaluate, trained
+from cxai_jax import data, trained
 from cxai_jax.mesh import make_mesh
+from cxai_jax.scoring import evaluate
 from experiments import early_exit, figure3, figure5, figure6, run_files
 
 

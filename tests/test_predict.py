@@ -14,12 +14,14 @@ from conftest import REPO
 from PIL import Image
 from untrained_run import make_run
 
-from cxai_jax import predict, steps, trained, tta
+from cxai_jax import predict, trained
 from cxai_jax.data import inputs, novelty, transforms
 from cxai_jax.data.augment import normalise
 from cxai_jax.maps import cam
 from cxai_jax.mesh import make_mesh
 from cxai_jax.models import tiny
+from cxai_jax.voting import rules
+from cxai_jax.voting.forward import make_predict_step
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +63,13 @@ def whole(run, scans, tmp_path_factory):
 def test_the_predict_step_runs_every_mask(run):
     model = trained.load(run[0])
     images = np.stack([run[2].images[i][:32, :32] for i in range(2)])
-    step = jax.jit(steps.make_predict_step(model.model, model.scale, model.config.tta))
+    step = jax.jit(make_predict_step(model.model, model.scale, model.config.tta))
     out = step(model.variables, images)
     x = normalise(images, model.scale.mean, model.scale.std)
     logits, seen = model.model.apply(model.variables, x, "eval")
     maps = cam.of_class(seen.class_maps, logits.argmax(-1))
-    cells = tta.rank_cells(maps, grid=4, k=3, patch=8)
-    variants = tta.masked_images(x, cells, grid=4, fill="min")
+    cells = rules.rank_cells(maps, grid=4, k=3, patch=8)
+    variants = rules.masked_images(x, cells, grid=4, fill="min")
     masked, _ = model.model.apply(
         model.variables, variants.reshape(-1, 32, 32, 3), "eval"
     )

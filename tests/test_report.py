@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxai_jax import evaluate, explain, page, report
+from cxai_jax import page, report
 from cxai_jax.data.records import Dataset, Records
 from cxai_jax.page import NOTICE, Row
+from cxai_jax.scoring import evaluate, explanations
 
 NASTY = "<img src=x onerror=alert(1)>&\"'.png"
 
@@ -119,7 +120,7 @@ def test_maps_lie_side_by_side_with_their_agreement(finished):
     found = {n: pattern.repeat(k, 1).repeat(k, 2) for n, k in zoom.items()}
     found["input_gradient"][1] *= -1
     found |= {name: np.zeros(3) for name in ("deletion", "insertion")}
-    summary = explain.summarise(explain.measure(found))
+    summary = explanations.summarise(explanations.measure(found))
     found |= {
         "names": records.names[rows],
         "labels": records.labels[rows],

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from configs.common import get_config
-from cxai_jax import models, reuse, steps, trained, tta, voting
+from cxai_jax import models, trained
+from cxai_jax.data.augment import Scale
 from cxai_jax.mesh import make_mesh
 from cxai_jax.models import resnet
 from cxai_jax.models.backbone import Window
+from cxai_jax.voting import forward, prefix, rules
+from cxai_jax.voting.forward import make_predict_step
 
 
 def build(name):
@@ -52,7 +55,7 @@ LAYERS = {
 @pytest.mark.parametrize(("size", "grid"), [(64, 8), (224, 28), (90, 18)])
 def test_crops_renew_exactly_what_a_cell_reaches(layers, size, grid):
     windows, random = LAYERS[layers], np.random.default_rng(size)
-    crops = reuse.plan_crops(windows, size, grid)
+    crops = prefix.plan_crops(windows, size, grid)
     patch, step = size // grid, int(np.prod([w.stride for w in windows]))
     assert (crops.origins % step == 0).all()
     assert (crops.origins >= 0).all() and (crops.origins + crops.side <= size).all()
@@ -66,7 +69,9 @@ def test_crops_renew_exactly_what_a_cell_reaches(layers, size, grid):
         changed = image.copy()
         changed[square([c * patch for c in cell], patch)] += 1000
         after = slow_maps(windows, changed, kernels)
-        spans = [reuse.reached(windows, size, c * patch, (c + 1) * patch) for c in cell]
+        spans = [
+            prefix.reached(windows, size, c * patch, (c + 1) * patch) for c in cell
+        ]
         expected = np.zeros(after.shape, bool)
         expected[tuple(slice(*span) for span in spans)] = True
         np.testing.assert_array_equal(after != before, expected)
@@ -83,16 +88,16 @@ def test_crops_renew_exactly_what_a_cell_reaches(layers, size, grid):
 def test_published_window_sizes():
     """What performance.md counts for 8-pixel cells of a 224-pixel image."""
     windows = build("resnet50").prefix_windows()
-    sides = [reuse.plan_crops(windows[:n], 224, 28).window for n in (1, 2, 5)]
+    sides = [prefix.plan_crops(windows[:n], 224, 28).window for n in (1, 2, 5)]
     assert sides == [7, 5, 11]
-    assert reuse.plan_crops(windows, 224, 28).side <= 104
+    assert prefix.plan_crops(windows, 224, 28).side <= 104
 
 
 def test_impossible_geometry_is_refused():
     with pytest.raises(ValueError, match="a grid of 9 cells does not divide 64 pixels"):
-        reuse.plan_crops([Window(3)], 64, 9)
+        prefix.plan_crops([Window(3)], 64, 9)
     with pytest.raises(ValueError, match="images of 8 pixels are too small"):
-        reuse.plan_crops([Window(9)], 8, 2)
+        prefix.plan_crops([Window(9)], 8, 2)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "on", "off"])
@@ -107,7 +112,7 @@ def test_impossible_geometry_is_refused():
 )
 def test_reuse_falls_back_or_says_why_not(name, size, reason, wanted, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    choose = functools.partial(voting.prefix_crops, build(name), size)
+    choose = functools.partial(forward.prefix_crops, build(name), size)
     if wanted == "on" and reason:
         with pytest.raises(ValueError, match=reason):
             choose(settings(prefix_reuse=wanted))
@@ -121,7 +126,7 @@ def test_reuse_falls_back_or_says_why_not(name, size, reason, wanted, monkeypatc
 
 def test_an_unknown_choice_names_the_known():
     with pytest.raises(ValueError, match="'maybe'; known: auto, on, off"):
-        voting.prefix_crops(build("tiny"), 64, settings(prefix_reuse="maybe"))
+        forward.prefix_crops(build("tiny"), 64, settings(prefix_reuse="maybe"))
 
 
 SIZE, GRID, K = 96, 12, 6
@@ -146,7 +151,7 @@ def network():
         ),
         shapes,
     )
-    return model, variables, images, steps.Scale(resnet.MEAN, resnet.STD)
+    return model, variables, images, Scale(resnet.MEAN, resnet.STD)
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +160,7 @@ def outcomes(network):
     model, variables, images, scale = network
     return {
         wanted: jax.jit(
-            steps.make_predict_step(
-                model, scale, settings(prefix_reuse=wanted, k=K, chunk=6)
-            )
+            make_predict_step(model, scale, settings(prefix_reuse=wanted, k=K, chunk=6))
         )(variables, images)
         for wanted in ("on", "off")
     }
@@ -170,19 +173,21 @@ def test_maps_are_bitwise_those_of_the_full_pass(network):
     cells = jnp.array(  # Corners, borders, the middle, neighbours that overlap.
         [[0, GRID - 1, last, last - GRID + 1, 78, 79], [13, 6, 138, 23, 0, 1]]
     )
-    masks = tta.plan_masks(x, cells, grid=GRID, fill="mean")
-    variants = tta.masked_images(x, cells, grid=GRID, fill="mean")
+    masks = rules.plan_masks(x, cells, grid=GRID, fill="mean")
+    variants = rules.masked_images(x, cells, grid=GRID, fill="mean")
 
     @jax.jit
     def run(variables, masks, variants):
         prefix = functools.partial(model.apply, variables, mode="eval", method="prefix")
-        crops = reuse.plan_crops(model.prefix_windows(), SIZE, GRID)
+        crops = prefix.plan_crops(model.prefix_windows(), SIZE, GRID)
         carried, counts = prefix(masks.images), jnp.arange(K) + 1
         parts = []
         for start, stop in ((0, 2), (2, K)):
             order, value = masks.order, masks.value
             some = (masks.cells[:, start:stop], order, value, counts[start:stop])
-            parts.append(reuse.nested_maps(prefix, crops, carried, masks.images, *some))
+            parts.append(
+                prefix.nested_maps(prefix, crops, carried, masks.images, *some)
+            )
             carried = parts[-1][:, -1]
         whole = prefix(variants.reshape(-1, SIZE, SIZE, 3))
         return jnp.concatenate(parts, 1), whole.reshape(2, K + 1, *whole.shape[1:])
@@ -206,7 +211,7 @@ def test_the_predictor_reuses_and_stops_early_with_the_same_labels(network, outc
     config.tta.update({"prefix_reuse": "on", "k": K, "theta": splitting(probs)})
     given = trained.Trained(config, ["a", "b"], 1, model, scale, variables, 0)
     got = trained.Predictor(given, make_mesh(1))(images)
-    full = tta.votes_for(probs, theta=config.tta.theta, k=K)
+    full = rules.votes_for(probs, theta=config.tta.theta, k=K)
     np.testing.assert_array_equal(got.after, full.labels)
     np.testing.assert_array_equal(got.before, full.original)
     np.testing.assert_array_equal(got.probs, probs[:, 0])
@@ -239,21 +244,21 @@ def test_reuse_holds_for_any_packing_of_the_votes(chunk):
         positive = jax.nn.sigmoid((maps * weights).sum((1, 2, 3)) / 2000)
         return jnp.stack([1 - positive, positive], -1)
 
-    crops = reuse.plan_crops([Window(3, 1, 1)], size, grid)
-    split = tta.Reuse(prefix, suffix, crops)
+    crops = prefix.plan_crops([Window(3, 1, 1)], size, grid)
+    split = rules.Reuse(prefix, suffix, crops)
     first = suffix(prefix(images))
-    variants = tta.masked_images(images, cells, grid=grid)
+    variants = rules.masked_images(images, cells, grid=grid)
     whole = suffix(prefix(variants.reshape(-1, size, size, 1))).reshape(batch, k + 1, 2)
     all_votes = functools.partial(
-        tta.masked_probs, None, grid=grid, fill="min", chunk=chunk
+        rules.masked_probs, None, grid=grid, fill="min", chunk=chunk
     )
     got = jax.jit(lambda *given: all_votes(*given, reuse=(split, prefix(images))))(
         images, cells, first
     )
     np.testing.assert_allclose(got, whole, rtol=1e-6)
     theta = splitting(np.asarray(whole))
-    early = tta.vote_early(
-        jax.jit(functools.partial(tta.next_votes_of, split), donate_argnums=1),
+    early = rules.vote_early(
+        jax.jit(functools.partial(rules.next_votes_of, split), donate_argnums=1),
         images,
         cells,
         first,
@@ -263,7 +268,7 @@ def test_reuse_holds_for_any_packing_of_the_votes(chunk):
         step=2,
         carried=prefix(images),
     )
-    full = tta.votes_for(whole, theta=theta, k=k)
+    full = rules.votes_for(whole, theta=theta, k=k)
     np.testing.assert_array_equal(early.labels, full.labels)
     done = early.cast == k
     np.testing.assert_array_equal(early.opposing[done], full.opposing[done])

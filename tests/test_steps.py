@@ -7,7 +7,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import demo
-from cxai_jax import models, steps
+from cxai_jax import models
+from cxai_jax.data.augment import Scale
+from cxai_jax.methods.guided import check_config, make_train_step
+from cxai_jax.methods.method import create_state
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.types import Batch
 from experiments import alignment_cost
@@ -39,12 +42,12 @@ def one_step(row="full", batch=None, **changes):
     optimizer = make_optimizer(
         config.optim, 100, lambda p: jax.tree.map(lambda _: "fresh", p)
     )
-    state = steps.create_state(variables, optimizer)
-    step = steps.make_train_step(
+    state = create_state(variables, optimizer)
+    step = make_train_step(
         model,
         optimizer,
         config,
-        scale=steps.Scale(*models.normalisation("tiny")),
+        scale=Scale(*models.normalisation("tiny")),
         total_steps=100,
         groups=config.mix.groups or 1,
     )
@@ -155,7 +158,7 @@ def test_contrast_needs_a_projection():
     config = demo.get_config("contrastive")
     config.model.projection = 0
     with pytest.raises(ValueError, match="config.model.projection is 0: give"):
-        steps.check_config(config)
+        check_config(config)
 
 
 def test_unknown_choices_are_refused_before_tracing():

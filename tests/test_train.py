@@ -10,7 +10,8 @@ import pytest
 from absl import logging as absl_logging
 
 from configs import demo
-from cxai_jax import evaluate, train
+from cxai_jax import train
+from cxai_jax.scoring import evaluate
 
 absl_logging.set_verbosity(absl_logging.ERROR)
 

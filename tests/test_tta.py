@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cxai_jax import tta
+from cxai_jax.voting import rules
 
-rank = jax.jit(tta.rank_cells, static_argnames=("grid", "k", "patch"))
-votes_for = jax.jit(tta.votes_for, static_argnames=("theta", "k"))
-masked = jax.jit(tta.masked_images, static_argnames=("grid", "fill"))
+rank = jax.jit(rules.rank_cells, static_argnames=("grid", "k", "patch"))
+votes_for = jax.jit(rules.votes_for, static_argnames=("theta", "k"))
+masked = jax.jit(rules.masked_images, static_argnames=("grid", "fill"))
 
 
 def two_class(original, opposing, k, theta=0.2):
@@ -95,12 +95,12 @@ def test_ties_go_to_the_lowest_cell():
 
 def test_other_grids_and_too_many_cells():
     maps = jnp.zeros((1, 4, 4)).at[0, 2, 1].set(1.0)
-    np.testing.assert_array_equal(tta.rank_cells(maps, grid=4, k=1, patch=16), [[9]])
+    np.testing.assert_array_equal(rules.rank_cells(maps, grid=4, k=1, patch=16), [[9]])
     with pytest.raises(ValueError, match="k is 17, expected 1..16"):
-        tta.rank_cells(maps, grid=4, k=17)
+        rules.rank_cells(maps, grid=4, k=17)
 
 
-@pytest.mark.parametrize("fill", tta.FILLS)
+@pytest.mark.parametrize("fill", rules.FILLS)
 def test_masks_are_cumulative_squares_of_the_fill_value(fill):
     images = np.random.default_rng(1).normal(size=(2, 8, 12, 3)).astype(np.float32)
     cells = np.array([[5, 0, 15], [3, 2, 1]])
@@ -119,9 +119,9 @@ def test_masks_are_cumulative_squares_of_the_fill_value(fill):
 def test_masking_refuses_a_grid_that_does_not_fit_and_an_unknown_fill():
     images, cells = jnp.ones((1, 10, 10, 1)), jnp.array([[0]])
     with pytest.raises(ValueError, match="4x4 grid does not divide images of 10x10"):
-        tta.masked_images(images, cells, grid=4)
+        rules.masked_images(images, cells, grid=4)
     with pytest.raises(ValueError, match="known: min, zero, mean"):
-        tta.masked_images(images, cells, grid=5, fill="black")
+        rules.masked_images(images, cells, grid=5, fill="black")
 
 
 @pytest.mark.parametrize("original", [0, 1])
@@ -141,14 +141,14 @@ def test_paper_and_code_majorities_of_31(original, opposing):
 )
 def test_support_threshold_at_its_ends(original, p, opposes):
     votes = np.array([[[1 - p, p]]], np.float32)
-    assert tta.opposes(votes, np.array([original]), theta=0.2)[0, 0] == opposes
+    assert rules.opposes(votes, np.array([original]), theta=0.2)[0, 0] == opposes
 
 
 def test_three_classes_flip_to_the_largest_mean_of_the_opposing_votes():
     start, against, stay = [0.8, 0.1, 0.1], [0.0, 0.05, 0.95], [0.4, 0.6, 0.0]
     probs = np.array([[start, against, against, stay]])
-    assert tta.vote(probs, k=3)[0] == 2
-    assert tta.vote(probs[:, [0, 1, 3, 3]], k=3)[0] == 0
+    assert rules.vote(probs, k=3)[0] == 2
+    assert rules.vote(probs[:, [0, 1, 3, 3]], k=3)[0] == 0
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -173,7 +173,7 @@ def test_votes_equal_a_slow_loop_for_every_k_and_theta(classes):
 )
 def test_impossible_votes_are_refused(shape, options, message):
     with pytest.raises(ValueError, match=message):
-        tta.vote(np.full(shape, 0.5), **options)
+        rules.vote(np.full(shape, 0.5), **options)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -185,7 +185,7 @@ def test_decided_is_exactly_when_no_completion_changes_the_flip(classes):
                 expected = len(ends) == 1 and (
                     classes == 2 or ends == {False} or cast == k
                 )
-                assert tta.decided(opposing, cast, k, classes) == expected
+                assert rules.decided(opposing, cast, k, classes) == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -199,7 +199,7 @@ def test_chunks_of_masks_give_the_same_probabilities(chunk):
         return forward(images)
 
     got = jax.jit(
-        lambda images, cells, first: tta.masked_probs(
+        lambda images, cells, first: rules.masked_probs(
             counted, images, cells, first, grid=6, fill="zero", chunk=chunk
         )
     )(images, cells, first)
@@ -212,7 +212,7 @@ def test_early_exit_equals_the_full_vote_on_every_binary_pattern(k):
     patterns = np.array(list(itertools.product([0.0, 1.0], repeat=k + 1)))
     probs = np.stack([1 - patterns, patterns], -1)
     forward, images, cells, first = scene(probs)
-    got = tta.vote_early(forward, images, cells, first, grid=6, fill="zero", step=1)
+    got = rules.vote_early(forward, images, cells, first, grid=6, fill="zero", step=1)
     full = votes_for(probs, k=k)
     np.testing.assert_array_equal(got.labels, full.labels)
     np.testing.assert_array_equal(got.original, full.original)
@@ -231,7 +231,7 @@ def test_early_exit_equals_the_full_vote_on_random_probabilities(classes):
     )
     probs[60:, 0] = steady[60:]
     forward, images, cells, first = scene(probs)
-    got = tta.vote_early(forward, images, cells, first, grid=6, fill="zero")
+    got = rules.vote_early(forward, images, cells, first, grid=6, fill="zero")
     full = votes_for(probs)
     np.testing.assert_array_equal(got.labels, full.labels)
     assert 0 < (full.labels != full.original).sum() < 120
@@ -248,7 +248,7 @@ def test_early_exit_equals_the_full_vote_on_random_probabilities(classes):
 def test_unanimous_images_stop_at_sixteen():
     probs = np.repeat(two_class(1, 0, 31), 4, axis=0)
     forward, images, cells, first = scene(probs)
-    got = tta.vote_early(forward, images, cells, first, grid=6, fill="zero")
+    got = rules.vote_early(forward, images, cells, first, grid=6, fill="zero")
     np.testing.assert_array_equal(got.cast, 16)
     assert got.forwards == 64
     assert got.saved == 60

@@ -15,13 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
-from cxai_jax import compilation, models, setup, steps, tta, voting
+from cxai_jax import compilation, models, setup
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
-from cxai_jax.data.augment import normalise
+from cxai_jax.data.augment import Scale, normalise
 from cxai_jax.data.records import Records
+from cxai_jax.methods.guided import make_train_step
+from cxai_jax.methods.method import create_state, resident
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.types import Array, Batch
+from cxai_jax.voting import rules
+from cxai_jax.voting.forward import (
+    make_first_look,
+    make_next_votes,
+    make_predict_step,
+    make_vote_forward,
+    prefix_crops,
+)
 
 CLASSES = 2
 ROTATION = 4  # Batches that take turns, so that no call repeats the one before.
@@ -116,7 +126,7 @@ def build(config, lowering: str = "auto") -> tuple:
     """The model of a config, its weights and its input scale."""
     model = models.build(config.model, CLASSES).clone(lowering=lowering)
     variables = initial_variables(config.model.name, config.data.image_size)
-    return model, variables, steps.Scale(*models.normalisation(config.model.name))
+    return model, variables, Scale(*models.normalisation(config.model.name))
 
 
 def compile_timed(function: Callable, *arguments, **jit_options) -> tuple:
@@ -174,8 +184,8 @@ def step_program(
     optimizer = make_optimizer(
         config.optim, TOTAL_STEPS, setup.learning_rate_groups(config)
     )
-    state = meshes.put_replicated(steps.create_state(variables, optimizer), mesh)
-    train_step = steps.make_train_step(
+    state = meshes.put_replicated(create_state(variables, optimizer), mesh)
+    train_step = make_train_step(
         model,
         optimizer,
         config,
@@ -183,7 +193,7 @@ def step_program(
         total_steps=TOTAL_STEPS,
         groups=config.mix.groups or devices,
     )
-    resident = steps.resident(train_step)
+    many = resident(train_step)
     count = count or ROTATION * batch
     side = size if config.augment.crop == "none" else config.data.resize
     split = meshes.put_replicated(synthetic_split(count, side), mesh)
@@ -191,7 +201,7 @@ def step_program(
     key = meshes.put_replicated(jax.random.key_data(jax.random.key(0)), mesh)
 
     def call(state, split, rows, key):
-        return resident(state, split, rows, jax.random.wrap_key_data(key))
+        return many(state, split, rows, jax.random.wrap_key_data(key))
 
     compiled, about = compile_timed(
         call,
@@ -246,8 +256,8 @@ def epoch_program(residency: str, *, batch: int, count: int, **fields) -> Progra
     optimizer = make_optimizer(
         config.optim, TOTAL_STEPS, setup.learning_rate_groups(config)
     )
-    state = meshes.put_replicated(steps.create_state(variables, optimizer), mesh)
-    train_step = steps.make_train_step(
+    state = meshes.put_replicated(create_state(variables, optimizer), mesh)
+    train_step = make_train_step(
         model,
         optimizer,
         config,
@@ -306,13 +316,13 @@ def tta_programs(
     }
 
     def check(kind: str, number: int, labels: Array, theta: float) -> None:
-        expected = tta.vote(probs[number], theta=theta, k=plain.config.k)
+        expected = rules.vote(probs[number], theta=theta, k=plain.config.k)
         if (np.asarray(labels) != np.asarray(expected)).any():
             raise RuntimeError(f"{kind}: a label differs from that of all votes")
 
     def check_probs(kind: str, found: list[np.ndarray]) -> None:
         for number, theta in itertools.product(range(ROTATION), thetas.values()):
-            labels = tta.vote(found[number], theta=theta, k=plain.config.k)
+            labels = rules.vote(found[number], theta=theta, k=plain.config.k)
             check(kind, number, labels, theta)
 
     result = {}
@@ -355,13 +365,13 @@ class Voting:
         self.config, self.size, self.hlo = config.tta, size, ""
         model, variables, scale = build(config)
         self.variables = jax.device_put(variables)
-        self.predict = steps.make_predict_step(model, scale, config.tta)
-        self.look = jax.jit(voting.make_first_look(model, scale, config.tta))
-        if crops := voting.prefix_crops(model, size, config.tta):
-            votes = voting.make_next_votes(model, crops)
+        self.predict = make_predict_step(model, scale, config.tta)
+        self.look = jax.jit(make_first_look(model, scale, config.tta))
+        if crops := prefix_crops(model, size, config.tta):
+            votes = make_next_votes(model, crops)
             forward = jax.jit(votes, donate_argnums=2)
         else:
-            forward = jax.jit(voting.make_vote_forward(model))
+            forward = jax.jit(make_vote_forward(model))
         self.forward = functools.partial(forward, self.variables)
 
     def compile(self, images) -> tuple:
@@ -373,7 +383,7 @@ class Voting:
     def one_by_one(self, images) -> Array:
         """Probabilities of all variants, each from a call with one image."""
         seen = self.look(self.variables, images)
-        masks = tta.plan_masks(
+        masks = rules.plan_masks(
             seen["images"],
             seen["cells"],
             grid=self.size // self.config.patch,
@@ -381,7 +391,7 @@ class Voting:
         )
 
         def probs(row: int, masked: int) -> Array:
-            variant = tta.masked_rows(masks, np.array([row]), np.array([masked]))
+            variant = rules.masked_rows(masks, np.array([row]), np.array([masked]))
             return self.forward(variant)[0]
 
         votes = [
@@ -390,10 +400,10 @@ class Voting:
         ]
         return jnp.concatenate([seen["probs"][:, None], jnp.stack(votes)], 1)
 
-    def early(self, images, *, theta: float) -> tta.EarlyVotes:
+    def early(self, images, *, theta: float) -> rules.EarlyVotes:
         """Votes until the labels are certain."""
         seen = self.look(self.variables, images)
-        return tta.vote_early(
+        return rules.vote_early(
             self.forward,
             seen["images"],
             seen["cells"],

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from cxai_jax import steps, trained
+from cxai_jax import trained
 from cxai_jax.types import Array
+from cxai_jax.voting.forward import make_voting_step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -31,7 +32,7 @@ def make_function(model: trained.Trained) -> Callable[[Array], dict]:
     `opposing`, int32 [B] votes against the label before voting.
     """
     config, names = model.config.tta, model.class_names
-    predict = steps.make_voting_step(model.model, model.scale, config)
+    predict = make_voting_step(model.model, model.scale, config)
 
     def by_class(values: Array) -> dict:
         return {name: values[..., i] for i, name in enumerate(names)}

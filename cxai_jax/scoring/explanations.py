@@ -16,9 +16,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from cxai_jax import mesh as meshes
-from cxai_jax import steps
 from cxai_jax.data import pipeline, transforms
-from cxai_jax.data.augment import normalise
+from cxai_jax.data.augment import Scale, normalise
 from cxai_jax.data.records import Records
 from cxai_jax.maps import quality as em
 from cxai_jax.maps import saliency
@@ -35,7 +34,7 @@ POINTS = 16  # Of the deletion and insertion curves.
 
 
 def explain_batch(
-    model: nn.Module, scale: steps.Scale, variables: PyTree, images: Array
+    model: nn.Module, scale: Scale, variables: PyTree, images: Array
 ) -> dict[str, Array]:
     """Maps of the predicted class, and how the probability follows the CAM.
 
@@ -92,7 +91,7 @@ def explain_batch(
 
 def explain(
     model: nn.Module,
-    scale: steps.Scale,
+    scale: Scale,
     config,
     mesh: Mesh,
     variables: PyTree,

@@ -12,25 +12,29 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from cxai_jax import mesh as meshes
-from cxai_jax import metrics, steps, tta
 from cxai_jax.data import pipeline
+from cxai_jax.data.augment import Scale
 from cxai_jax.data.records import Dataset, Records
+from cxai_jax.methods.method import TrainState
+from cxai_jax.scoring import metrics
+from cxai_jax.voting import rules
+from cxai_jax.voting.forward import make_predict_step
 
 
 class Evaluator:
     """A compiled predict step; made once per run, used for every split."""
 
-    def __init__(self, model: nn.Module, scale: steps.Scale, config, mesh: Mesh):
+    def __init__(self, model: nn.Module, scale: Scale, config, mesh: Mesh):
         meshes.check_batch(config.eval.batch_size, mesh, "config.eval.batch_size")
         self.mesh = mesh
         self._config = config
         # Every host needs the whole answer, so the outputs are replicated.
         self._predict = jax.jit(
-            steps.make_predict_step(model, scale, config.tta),
+            make_predict_step(model, scale, config.tta),
             out_shardings=meshes.replicated(mesh),
         )
 
-    def predict(self, state: steps.TrainState, records: Records) -> dict:
+    def predict(self, state: TrainState, records: Records) -> dict:
         """Predictions of a split as NumPy arrays, one row per image, in order.
 
         Returns:
@@ -145,7 +149,7 @@ def score(predictions: dict, dataset: Dataset, config) -> dict:
 def voted(predictions: dict, config, scored) -> dict:
     """Scores after test-time voting, and every image whose label it changed."""
     probs = predictions["probs"]
-    votes = tta.votes_for(probs, theta=config.tta.theta, k=probs.shape[1] - 1)
+    votes = rules.votes_for(probs, theta=config.tta.theta, k=probs.shape[1] - 1)
     after, before = np.asarray(votes.labels), np.asarray(votes.original)
     flips = [
         {

@@ -1,7 +1,7 @@
 """The forward passes that test-time voting is made of, from a backbone and a config.
 
-The rules of voting are in tta.py, which knows no model; the whole of it as one graph is
-`steps.make_predict_step`, and what stops early is put together by `trained.Predictor`.
+The rules of voting are in rules.py, which knows no model; the whole of it as one graph
+is `make_predict_step`; what stops early is put together by `inference.predictor`.
 """
 
 import functools
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cxai_jax import tta
 from cxai_jax.data.augment import Scale, normalise
 from cxai_jax.maps.cam import of_class
-from cxai_jax.reuse import Crops, plan_crops
 from cxai_jax.types import PyTree
+from cxai_jax.voting import rules
+from cxai_jax.voting.prefix import Crops, plan_crops
 
 PREFIX_REUSE = ("auto", "on", "off")
 
@@ -82,7 +82,7 @@ def make_first_look(model: nn.Module, scale: Scale, tta_config) -> Callable:
             "class_maps": out.class_maps,
         }
         if tta_config.k:
-            cells = tta.rank_cells(
+            cells = rules.rank_cells(
                 of_class(out.class_maps, logits.argmax(-1)),
                 grid=images.shape[1] // tta_config.patch,
                 k=tta_config.k,
@@ -104,14 +104,14 @@ def make_vote_forward(model: nn.Module) -> Callable:
     return forward
 
 
-def split_forward(model: nn.Module, variables: PyTree, crops: Crops) -> tta.Reuse:
+def split_forward(model: nn.Module, variables: PyTree, crops: Crops) -> rules.Reuse:
     """`make_vote_forward` in two parts, with its variables filled in."""
 
     def suffix(maps):
         logits, _ = model.apply(variables, maps, "eval", method="from_prefix")
         return jax.nn.softmax(logits.astype(jnp.float32))
 
-    return tta.Reuse(
+    return rules.Reuse(
         prefix=lambda images: model.apply(variables, images, "eval", method="prefix"),
         suffix=suffix,
         crops=crops,
@@ -125,6 +125,60 @@ def make_next_votes(model: nn.Module, crops: Crops) -> Callable:
     """
 
     def forward(variables, *given):
-        return tta.next_votes_of(split_forward(model, variables, crops), *given)
+        return rules.next_votes_of(split_forward(model, variables, crops), *given)
 
     return forward
+
+
+def make_predict_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
+    """Builds `predict(variables, images) -> {logits, probs, class_maps}`, one graph.
+
+    As `make_first_look`, but probs are p_0 .. p_k of the test-time masks,
+    float32 [B, k+1, K]: [B, 1, K] where tta_config.k is 0. Every mask is run, so that
+    any smaller k and any theta can be read off afterwards.
+    """
+    look = make_first_look(model, scale, tta_config)
+    forward = make_vote_forward(model)
+
+    def predict(variables, images):
+        seen = look(variables, images)
+        probs, reuse = seen["probs"][:, None], None
+        if crops := prefix_crops(model, images.shape[1], tta_config):
+            reuse = split_forward(model, variables, crops), seen["prefix"]
+        if tta_config.k:
+            probs = rules.masked_probs(
+                lambda masked: forward(variables, masked),
+                seen["images"],
+                seen["cells"],
+                seen["probs"],
+                grid=images.shape[1] // tta_config.patch,
+                fill=tta_config.fill,
+                chunk=tta_config.chunk,
+                reuse=reuse,
+            )
+        return {
+            "logits": seen["logits"],
+            "probs": probs,
+            "class_maps": seen["class_maps"],
+        }
+
+    return predict
+
+
+def make_voting_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
+    """As `make_predict_step` with the count of the votes, still one graph.
+
+    With tta_config.k > 0 the dict also holds `votes`, a tta.Votes.
+    """
+    predict = make_predict_step(model, scale, tta_config)
+
+    def vote(variables, images):
+        out = predict(variables, images)
+        if tta_config.k:
+            votes = rules.votes_for(
+                out["probs"], theta=tta_config.theta, k=tta_config.k
+            )
+            out["votes"] = votes
+        return out
+
+    return vote

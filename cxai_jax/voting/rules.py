@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cxai_jax.maps.grid import apply_separable, window_sum_matrix
-from cxai_jax.reuse import Crops, nested_maps
 from cxai_jax.types import Array
+from cxai_jax.voting.prefix import Crops, nested_maps
 
 FILLS = ("min", "zero", "mean")
 

@@ -7,7 +7,10 @@ NumPy functions of logits and labels; none of them ever sees the test labels.
 
 import numpy as np
 
-from cxai_jax.metrics import expected_calibration_error, sensitivity_at_specificity
+from cxai_jax.scoring.metrics import (
+    expected_calibration_error,
+    sensitivity_at_specificity,
+)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -15,37 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from flax import struct
 
-from cxai_jax import tta, voting
 from cxai_jax.data.augment import CROPS, Scale, augment, normalise
 from cxai_jax.maps import saliency
 from cxai_jax.maps.cam import of_class, patch_relevance
+from cxai_jax.methods.method import TrainState
 from cxai_jax.objectives import alignment, losses
 from cxai_jax.objectives.mixing import MIXES
 from cxai_jax.types import Array, Batch, PyTree
-
-
-@struct.dataclass
-class TrainState:
-    """All that a step changes, and all that a checkpoint holds."""
-
-    step: Array  # int32 scalar, optimiser steps taken
-    params: PyTree
-    batch_stats: PyTree
-    opt_state: PyTree
-
-
-def create_state(
-    variables: PyTree, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """A fresh state from a model's variables."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(variables["params"]),
-    )
 
 
 def check_config(config) -> None:
@@ -317,75 +294,3 @@ def micro_batches(batch: Batch, count: int) -> Batch:
         return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)
-
-
-def resident(train_step: Callable) -> Callable:
-    """Runs S steps in one dispatch on a split that lives on the device.
-
-    Returns:
-      `steps(state, split, rows, key) -> (state, metrics)` where `split` is a whole
-      data split as a Batch [N, ...], `rows` int32 [S, B], and each metric is [S].
-    """
-
-    def steps(state, split, rows, key):
-        def body(state, rows):
-            return train_step(state, jax.tree.map(lambda x: x[rows], split), key)
-
-        if rows.shape[0] == 1:  # A loop of one would only hide fusion from XLA.
-            state, metrics = body(state, rows[0])
-            return state, jax.tree.map(lambda m: m[None], metrics)
-        return jax.lax.scan(body, state, rows)
-
-    return steps
-
-
-def make_predict_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
-    """Builds `predict(variables, images) -> {logits, probs, class_maps}`, one graph.
-
-    As `voting.make_first_look`, but probs are p_0 .. p_k of the test-time masks,
-    float32 [B, k+1, K]: [B, 1, K] where tta_config.k is 0. Every mask is run, so that
-    any smaller k and any theta can be read off afterwards.
-    """
-    look = voting.make_first_look(model, scale, tta_config)
-    forward = voting.make_vote_forward(model)
-
-    def predict(variables, images):
-        seen = look(variables, images)
-        probs, reuse = seen["probs"][:, None], None
-        if crops := voting.prefix_crops(model, images.shape[1], tta_config):
-            reuse = voting.split_forward(model, variables, crops), seen["prefix"]
-        if tta_config.k:
-            probs = tta.masked_probs(
-                lambda masked: forward(variables, masked),
-                seen["images"],
-                seen["cells"],
-                seen["probs"],
-                grid=images.shape[1] // tta_config.patch,
-                fill=tta_config.fill,
-                chunk=tta_config.chunk,
-                reuse=reuse,
-            )
-        return {
-            "logits": seen["logits"],
-            "probs": probs,
-            "class_maps": seen["class_maps"],
-        }
-
-    return predict
-
-
-def make_voting_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
-    """As `make_predict_step` with the count of the votes, still one graph.
-
-    With tta_config.k > 0 the dict also holds `votes`, a tta.Votes.
-    """
-    predict = make_predict_step(model, scale, tta_config)
-
-    def vote(variables, images):
-        out = predict(variables, images)
-        if tta_config.k:
-            votes = tta.votes_for(out["probs"], theta=tta_config.theta, k=tta_config.k)
-            out["votes"] = votes
-        return out
-
-    return vote
