@@ -9,8 +9,11 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cxai_jax import check, host_memory, report, train
+from cxai_jax import host
 from cxai_jax.config import check_overrides, load_config_file
+from cxai_jax.report.pages import summary
+from cxai_jax.training import check
+from cxai_jax.training.loop import score, train
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "File under configs/.")
@@ -34,7 +37,7 @@ EXPLAINED = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 
 
 def main(_) -> None:
-    host_memory.keep_freed_memory()
+    host.keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for noisy in ("absl", "orbax", "jax"):
@@ -52,8 +55,8 @@ def main(_) -> None:
         else:
             if warning := check.unused_gpu():
                 logging.warning(warning)
-            run = {"train": train.train, "eval": train.score}[MODE.value]
-            text = report.summary(run(CONFIG.value, workdir))
+            run = {"train": train, "eval": score}[MODE.value]
+            text = summary(run(CONFIG.value, workdir))
             text += f"\nreport: {workdir / 'report.html'}"
     except EXPLAINED as error:
         sys.exit(f"error: {error}")

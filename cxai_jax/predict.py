@@ -17,9 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cxai_jax import figures, host_memory, prediction_table, trained
+from cxai_jax import host
 from cxai_jax.data import inputs, novelty, transforms
+from cxai_jax.inference.predictor import Predictor, load
+from cxai_jax.inference.table import OVERLAY_HEIGHT, Prepared, Table, finish, read, row
 from cxai_jax.mesh import make_mesh
+from cxai_jax.report import figures
 from cxai_jax.writer import write_json
 
 
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=window, help="CENTER,WIDTH for DICOM files")
     parser.add_argument("--resume", action="store_true", help="continue in --out")
     given = parser.parse_intermixed_args(arguments)
-    host_memory.keep_freed_memory()
+    host.keep_freed_memory()
     for noisy in ("absl", "orbax", "jax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # What pydicom cannot read becomes an error of ours; importing it resets its level.
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not found.files and not errors:
         errors.append(("--images", "no files were named; give files, folders or globs"))
     try:
-        model = trained.load(given.workdir)
+        model = load(given.workdir)
         known = novelty.load(given.workdir)
     except (ValueError, FileNotFoundError) as error:
         if done.exists():  # Its page stays as it is.
@@ -82,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{done} was made with another model, --votes or --window; choose "
                 "another --out"
             )
-        rows = prediction_table.read(done)
+        rows = read(done)
     write_json(given.out / "about.json", about)
     rows, signal = predict(model, known, found, errors, rows, given)
     about["ignored files"] = found.ignored
@@ -108,30 +111,30 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
     """
     size, out = model.config.data.image_size, given.out
     programs = given.workdir / "executables"
-    predictor = trained.Predictor(model, make_mesh(), programs)
+    predictor = Predictor(model, make_mesh(), programs)
     done = {row["file"] for row in rows}  # Frames of a file have rows of their own.
-    table = prediction_table.Table(out / "predictions.csv", model.class_names, rows)
+    table = Table(out / "predictions.csv", model.class_names, rows)
 
-    def prepare(path: Path) -> list[prediction_table.Prepared]:
+    def prepare(path: Path) -> list[Prepared]:
         patient = found.patients.get(path, "")
         return [
-            prediction_table.Prepared(
+            Prepared(
                 one.name,
                 one.patient,
                 novelty.flags(one.gray, known, size),
                 transforms.squash(one.gray, size),
-                figures.shrink(one.gray[..., 0], prediction_table.OVERLAY_HEIGHT),
+                figures.shrink(one.gray[..., 0], OVERLAY_HEIGHT),
             )
             for one in inputs.open_slices(path, window=given.window, patient=patient)
             if one.name not in done
         ]
 
     def row_of(i, one, outcome):
-        return prediction_table.row(one, outcome, i, model, out)
+        return row(one, outcome, i, model, out)
 
     files = [path for path in found.files if inputs.printable(path) not in done]
     waiting, begun, number, saved, stopped = [], time.monotonic(), 0, 0, 0
-    with host_memory.StopSignal() as stop:
+    with host.StopSignal() as stop:
         for place, (path, opened) in enumerate(inputs.read_ahead(files, prepare), 1):
             if isinstance(opened, ValueError):
                 name = inputs.printable(path)
@@ -174,7 +177,7 @@ def progress(done: int, total: int, text: str) -> None:
 
 def conclude(out: Path, rows, errors, *rest) -> int:
     """Writes the page, prints the errors and returns the exit code."""
-    prediction_table.finish(out, rows, errors, *rest)
+    finish(out, rows, errors, *rest)
     for name, text in errors:
         print(f"error: {name}: {text}", file=sys.stderr)
     print(f"{len(rows)} images, {len(errors)} errors: {out / 'report.html'}")

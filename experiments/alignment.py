@@ -23,14 +23,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import cxr
-from cxai_jax import host_memory, outcome, trained
+from cxai_jax import host
 from cxai_jax import mesh as meshes
-from cxai_jax import train as training
 from cxai_jax.config import claim_workdir
 from cxai_jax.data import load as load_data
 from cxai_jax.data import phantom
 from cxai_jax.data.records import Mapped, Records
+from cxai_jax.inference.predictor import Predictor, Trained, load
 from cxai_jax.scoring import explanations
+from cxai_jax.training import loop as training
+from cxai_jax.training.results import versions
 from cxai_jax.writer import write_json
 from experiments.shortcut import predicted
 
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--epochs", type=float, default=30.0)
     options = parser.parse_args()
-    host_memory.keep_freed_memory()
+    host.keep_freed_memory()
     cache = options.out.absolute() / "xla_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     pairs = []
@@ -76,7 +78,7 @@ def main() -> None:
             "verdict": verdict(table),
             "seeds": SEEDS,
             "config": published,
-            "versions": outcome.versions(),
+            "versions": versions(),
             "device": jax.devices()[0].device_kind,
         },
     )
@@ -107,10 +109,10 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, np.ndarray]:
     done = workdir / "measured.npz"
     if not done.exists():
         training.train(config, workdir)
-        model = trained.load(workdir)
+        model = load(workdir)
         records = load_data(config.data).splits[config.data.test]
         pasted = dataclasses.replace(records, images=Mapped(paste, records.images))
-        predictor = trained.Predictor(model, meshes.make_mesh())
+        predictor = Predictor(model, meshes.make_mesh())
         values = {
             "patients": records.patients,
             "labels": records.labels,
@@ -126,7 +128,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def explained(model: trained.Trained, records: Records) -> dict[str, np.ndarray]:
+def explained(model: Trained, records: Records) -> dict[str, np.ndarray]:
     """Every explanation metric of every image, name -> [N]."""
     found = explanations.explain(
         model.model,

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from configs import cxr
-from cxai_jax import models, outcome
+from cxai_jax import models
 from cxai_jax.data.augment import Scale
 from cxai_jax.methods.guided import make_train_step
 from cxai_jax.methods.method import create_state
-from cxai_jax.optimizer import make_optimizer
+from cxai_jax.training.optimizer import make_optimizer
+from cxai_jax.training.results import versions
 from cxai_jax.types import Batch
 from cxai_jax.writer import write_json
 
@@ -59,7 +60,7 @@ def main() -> None:
         print(f"{name:<36} x{flops / plain:.3f}  {temporary / 2**20:6.0f} MiB")
     write_json(
         RESULTS / "alignment_cost.json",
-        {**vars(options), "versions": outcome.versions(), "objectives": rows},
+        {**vars(options), "versions": versions(), "objectives": rows},
     )
 
 

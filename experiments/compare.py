@@ -24,10 +24,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cxai_jax import host_memory, outcome
-from cxai_jax import train as training
+from cxai_jax import host
 from cxai_jax.config import claim_workdir, flatten, load_config_file
 from cxai_jax.scoring import evaluate, metrics
+from cxai_jax.training import loop as training
+from cxai_jax.training.results import versions
 from cxai_jax.voting import rules
 from cxai_jax.writer import write_json
 from experiments.alignment import average, f1
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
     except ValueError as error:
         parser.error(str(error))
-    host_memory.keep_freed_memory()
+    host.keep_freed_memory()
     cache = options.out.absolute() / "xla_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     runs = {system: [] for system in options.systems}
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "set": [f for f in options.set if not f.startswith("data.data_dir=")],
             "seeds": seeds,
             "table": table,
-            "versions": outcome.versions(),
+            "versions": versions(),
             "device": first["device"],
         },
     )

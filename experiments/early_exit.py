@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cxai_jax import trained
 from cxai_jax.data import transforms
+from cxai_jax.inference.predictor import Predicted, Predictor, load
 from cxai_jax.mesh import make_mesh
 from cxai_jax.voting import rules
 from experiments.run_files import read_run
 
 
-def compare(probs: np.ndarray, early: Sequence[trained.Predicted], tta_config) -> dict:
+def compare(probs: np.ndarray, early: Sequence[Predicted], tta_config) -> dict:
     """The full pass against the early exit.
 
     Args:
@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     probs = predictions["probs"]
     if probs.shape[1] == 1:
         parser.error(f"{given.run} was scored without voting; use --config.tta.k=31")
-    model = trained.load(given.run)
+    model = load(given.run)
     # The run may have been trained without voting and scored with it.
     model.config.tta.update({"k": probs.shape[1] - 1, "early_exit": True})
-    predictor = trained.Predictor(model, make_mesh())
+    predictor = Predictor(model, make_mesh())
     size, batch = config.data.image_size, predictor.batch_size
     images = np.stack([transforms.squash(image, size) for image in records.images])
     early = [predictor(images[i : i + batch]) for i in range(0, len(images), batch)]

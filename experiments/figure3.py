@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from cxai_jax import figures
+from cxai_jax.report import figures
 from cxai_jax.scoring import evaluate
 from cxai_jax.voting import rules
 

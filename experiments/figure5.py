@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from cxai_jax import figures
+from cxai_jax.report import figures
 from experiments.run_files import read_run, rows_of
 
 TITLES = ("baseline", "+ CPE", "+ SnapMix", "+ CPE + SnapMix")

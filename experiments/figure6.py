@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from cxai_jax import figures
 from cxai_jax.data import transforms
+from cxai_jax.report import figures
 from cxai_jax.voting import rules
 from experiments.run_files import read_run, rows_of
 

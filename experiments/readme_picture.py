@@ -20,10 +20,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from configs import demo
-from cxai_jax import data, figures, train
+from cxai_jax import data
 from cxai_jax.maps import quality as em
 from cxai_jax.maps.grid import upsample
+from cxai_jax.report import figures
 from cxai_jax.scoring import evaluate
+from cxai_jax.training.loop import train
 
 ROWS = {"baseline": "cross-entropy", "full": "SnapMix + CPE"}
 COUNT = 2  # Slices drawn, of as many patients.
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row, title in ROWS.items():
         workdir = options.runs / row
         if not (workdir / "results.json").exists():
-            train.train(demo.get_config(row), workdir)
+            train(demo.get_config(row), workdir)
         found[title] = evaluate.load_predictions(workdir / "predictions_test.npz")
     dataset = data.load(demo.get_config().data)
     figure = draw(dataset.splits["test"], found, dataset.class_names, dataset.positive)

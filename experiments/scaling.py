@@ -28,9 +28,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cxai_jax import host_memory, roofline
+from cxai_jax import host
 from tools import benchmark_programs as programs
 from tools import benchmark_timing as timing
+from tools import roofline
 from tools.benchmark_session import Session, describe, make_session, measure_roof
 
 
@@ -166,7 +167,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results"))
     parser.add_argument("--budget_s", type=float, default=600.0)
     given = parser.parse_args(arguments)
-    host_memory.keep_freed_memory()
+    host.keep_freed_memory()
     jax.config.update("jax_num_cpu_devices", 2 if given.tiny else 8)
     session = make_session(
         model="tiny" if given.tiny else "resnet50",

@@ -22,15 +22,18 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from configs import common, cxr, demo
-from cxai_jax import figures, host_memory, outcome, trained
+from cxai_jax import host
 from cxai_jax import mesh as meshes
-from cxai_jax import train as training
 from cxai_jax.config import claim_workdir
 from cxai_jax.data import phantom, transforms
 from cxai_jax.data.records import Records
+from cxai_jax.inference.predictor import Predictor, load
 from cxai_jax.maps import quality as em
 from cxai_jax.maps.grid import upsample
+from cxai_jax.report import figures
 from cxai_jax.scoring import explanations
+from cxai_jax.training import loop as training
+from cxai_jax.training.results import versions
 from cxai_jax.writer import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/shortcut"))
     options = parser.parse_args()
-    host_memory.keep_freed_memory()
+    host.keep_freed_memory()
     cache = options.out.absolute() / "xla_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -131,7 +134,7 @@ def run(config: ConfigDict, workdir: Path, clean: Records, marked: Records) -> d
     if done.exists():
         return json.loads(done.read_text())
     training.train(config, workdir)
-    model = trained.load(workdir)
+    model = load(workdir)
     mesh = meshes.make_mesh()
 
     def explained(records: Records) -> dict:
@@ -139,7 +142,7 @@ def run(config: ConfigDict, workdir: Path, clean: Records, marked: Records) -> d
             model.model, model.scale, model.config, mesh, model.variables, records
         )
 
-    predictor = trained.Predictor(model, mesh)
+    predictor = Predictor(model, mesh)
     first, second = (predicted(predictor, r, config) for r in (clean, marked))
     rows = np.random.default_rng(TEST_SEED).permutation(TEST_SLICES)[:EXPLAINED]
     found = explained(marked.subset(rows))
@@ -199,7 +202,7 @@ def write(rows: list[dict]) -> None:
             "model": config.model.name,
             "epochs": config.train.epochs,
             "seeds": SEEDS,
-            "versions": outcome.versions(),
+            "versions": versions(),
             "device": jax.devices()[0].device_kind,
             "rows": rows,
         },

@@ -4,7 +4,7 @@ How fast training and testing are here, as a share of what the machine allows: t
 headline is "% of floor", the time that a ResNet-50's kernels need at the measured copy
 and matrix-product rates (cxai_jax/roofline.py), over the time taken. Beside it stand
 ratios, taken within interleaved rounds, to the plain lowering and to PyTorch
-(experiments/peer_torch.py). Rows on a CPU that others used meanwhile say "noisy".
+(tools/peer_torch.py). Rows on a CPU that others used meanwhile say "noisy".
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from cxai_jax import host_memory
+from cxai_jax import host
 from tools.benchmark_session import (
     Session,
     describe,
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
         name = "cuda" if given.device == "gpu" else given.device
         jax.config.update("jax_platforms", name)
     if given.malloc == "keep":
-        host_memory.keep_freed_memory()
+        host.keep_freed_memory()
     deadline = time.monotonic() + given.budget_s
     if suites == ["smoke"]:
         session = smoke_session()

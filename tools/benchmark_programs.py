@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
-from cxai_jax import compilation, models, setup
 from cxai_jax import mesh as meshes
+from cxai_jax import models
 from cxai_jax.data import pipeline
 from cxai_jax.data.augment import Scale, normalise
 from cxai_jax.data.records import Records
 from cxai_jax.methods.guided import make_train_step
 from cxai_jax.methods.method import create_state, resident
-from cxai_jax.optimizer import make_optimizer
+from cxai_jax.training.compile import compile_step
+from cxai_jax.training.optimizer import make_optimizer
+from cxai_jax.training.run import build_network, learning_rate_groups
 from cxai_jax.types import Array, Batch
 from cxai_jax.voting import rules
 from cxai_jax.voting.forward import (
@@ -119,7 +121,7 @@ def synthetic_split(count: int, size: int) -> Batch:
 def initial_variables(name: str, size: int) -> dict:
     """NumPy weights of a fresh network: one start for all variants and the peer."""
     config = make_config(**{"model.name": name, "data.image_size": size})
-    return jax.device_get(setup.build_network(config, CLASSES).variables)
+    return jax.device_get(build_network(config, CLASSES).variables)
 
 
 def build(config, lowering: str = "auto") -> tuple:
@@ -181,9 +183,7 @@ def step_program(
     config = make_config(**{"train.batch_size": batch, **fields})
     mesh = meshes.make_mesh(devices)
     model, variables, scale = build(config, lowering)
-    optimizer = make_optimizer(
-        config.optim, TOTAL_STEPS, setup.learning_rate_groups(config)
-    )
+    optimizer = make_optimizer(config.optim, TOTAL_STEPS, learning_rate_groups(config))
     state = meshes.put_replicated(create_state(variables, optimizer), mesh)
     train_step = make_train_step(
         model,
@@ -253,9 +253,7 @@ def epoch_program(residency: str, *, batch: int, count: int, **fields) -> Progra
     fit = Records(images, labels, np.zeros(count, np.int32), names, names)
     mesh = meshes.make_mesh()
     model, variables, scale = build(config)
-    optimizer = make_optimizer(
-        config.optim, TOTAL_STEPS, setup.learning_rate_groups(config)
-    )
+    optimizer = make_optimizer(config.optim, TOTAL_STEPS, learning_rate_groups(config))
     state = meshes.put_replicated(create_state(variables, optimizer), mesh)
     train_step = make_train_step(
         model,
@@ -266,9 +264,7 @@ def epoch_program(residency: str, *, batch: int, count: int, **fields) -> Progra
         groups=config.mix.groups or mesh.size,
     )
     stream = pipeline.row_stream(np.arange(count), batch, seed=0)
-    advance, about = compilation.compile_step(
-        train_step, state, fit, stream, 0, config, mesh
-    )
+    advance, about = compile_step(train_step, state, fit, stream, 0, config, mesh)
 
     def run(calls: int) -> float:
         nonlocal state

@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from cxai_jax import roofline
 from cxai_jax.models import lowering
 from tools import benchmark_timing as timing
+from tools import roofline
 from tools.benchmark_programs import Program
 from tools.benchmark_timing import Contender
 

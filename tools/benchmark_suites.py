@@ -163,7 +163,7 @@ def step_peers(session: Session, suite: str, batch: int) -> dict[str, Peer]:
     """PyTorch's side: as published and fair; on a GPU the fair ones compiled too."""
     if not session.peer:
         return {}
-    from experiments import peer_torch
+    from tools import peer_torch
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     batches = programs.peer_batches(batch, session.size)
@@ -229,7 +229,7 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
 
 
 def voting_peers(session: Session) -> dict[str, Peer]:
-    from experiments import peer_torch
+    from tools import peer_torch
 
     images = programs.peer_batches(session.voting_images, session.size)[0][0]
     return {

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from cxai_jax import trained
+from cxai_jax.inference.predictor import Trained, load
 from cxai_jax.types import Array
 from cxai_jax.voting.forward import make_voting_step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def make_function(model: trained.Trained) -> Callable[[Array], dict]:
+def make_function(model: Trained) -> Callable[[Array], dict]:
     """The function that is exported.
 
     Takes gray uint8 [B, S, S], squashed to the network's size S. Returns, each with one
@@ -62,7 +62,7 @@ def make_function(model: trained.Trained) -> Callable[[Array], dict]:
 
 
 def export_model(
-    model: trained.Trained, platforms: Sequence[str] = PLATFORMS
+    model: Trained, platforms: Sequence[str] = PLATFORMS
 ) -> export.Exported:
     """`make_function` for any number of images, on the given platforms."""
     size = model.config.data.image_size
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--votes", type=int, default=0, help="masks per image; 0: none")
     given = parser.parse_args(arguments)
     try:
-        model = trained.load(given.workdir)
+        model = load(given.workdir)
         model.config.tta.k = given.votes
         data = export_model(model).serialize()
     except ImportError as error:

@@ -102,7 +102,7 @@ class Window(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A trunk in two parts and a head; the laws are in tests/test_models_laws.py.
+    """A trunk in two parts and a head; the laws are in tests/models/test_laws.py.
 
     Attributes:
       num_classes: K.

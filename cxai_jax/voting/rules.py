@@ -40,7 +40,7 @@ class Masks(NamedTuple):
 
 
 class Reuse(NamedTuple):
-    """A network in two parts, of which the first runs on crops alone (reuse.py)."""
+    """A network in two parts, of which the first runs on crops alone (prefix.py)."""
 
     prefix: Callable[[Array], Array]  # images [N, s, s, C] -> maps [N, s', s', D]
     suffix: Callable[[Array], Array]  # maps of whole images -> probabilities [N, K]

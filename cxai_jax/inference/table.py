@@ -1,0 +1,191 @@
+"""predictions.csv: one row per image, written as they are predicted, read to resume.
+
+The page and the patient table are made from the rows alone, so a run that was stopped
+and continued gives the same result as one that was not.
+"""
+
+import csv
+import hashlib
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cxai_jax.inference.predictor import Predicted, Trained
+from cxai_jax.report import figures, page
+from cxai_jax.report.pages import prediction_report
+
+OVERLAY_HEIGHT = 320  # Pixels at most.
+LARGE = 1000  # Rows from which the page has smaller pictures.
+HEIGHTS = (112, 72)  # Pixels of the pictures of a page, a large page.
+
+
+class Prepared(NamedTuple):
+    """One slice, reduced to what is still needed of it."""
+
+    name: str
+    patient: str
+    flags: list[str]
+    input: np.ndarray  # uint8 [S, S, 1]
+    shown: np.ndarray  # uint8 [H, W], at most OVERLAY_HEIGHT high
+
+
+class Table:
+    """The rows of one output folder.
+
+    Args:
+      path: the CSV file.
+      class_names: K names; each gives a column p_<name>.
+      keep: rows that are written first, from `read`.
+    """
+
+    def __init__(self, path: Path, class_names: Sequence[str], keep: Sequence[dict]):
+        columns = ["file", "patient", "probability", "label_before", "label"]
+        columns += ["opposing_votes", "votes_cast", "flags", "overlay"]
+        # Last of all, so that a row cut short by a crash is seen to lack it.
+        columns += [*(f"p_{name}" for name in class_names), "error"]
+        self.rows = list(keep)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(keep)
+        temporary.replace(path)
+        self._file = path.open("a", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, columns)
+
+    def add(self, rows: Sequence[dict]) -> None:
+        """Appends rows to the file at once; missing columns stay empty."""
+        rows = [{"error": "", **row} for row in rows]
+        self._writer.writerows(rows)
+        self._file.flush()
+        self.rows += [row for row in rows if not row["error"]]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict]:
+    """The complete rows of a predictions.csv; rows with an error are left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["error"] == ""]
+
+
+def overlay_name(name: str) -> str:
+    """A file name for the overlay of an image: legible, safe and unique."""
+    stem = re.sub(r"[^\w.-]+", "_", Path(name).name)[:60]
+    return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.png"
+
+
+def row(one: Prepared, found: Predicted, i: int, model: Trained, out: Path) -> dict:
+    """The row of image `i` of a predicted batch; writes its overlay under `out`."""
+    overlay = Path("overlays", overlay_name(one.name))
+    heated = figures.overlay(one.shown, found.class_maps[i])
+    panel = figures.side_by_side(one.shown, heated)
+    (out / overlay).write_bytes(figures.encode(panel, "PNG"))
+    probs = zip(model.class_names, found.probs[i], strict=True)
+    return {
+        "file": one.name,
+        "patient": one.patient,
+        "probability": f"{found.probs[i, model.positive]:.6f}",
+        "label_before": model.class_names[found.before[i]],
+        "label": model.class_names[found.after[i]],
+        "opposing_votes": "" if found.opposing is None else str(found.opposing[i]),
+        "votes_cast": "" if found.cast is None else str(found.cast[i]),
+        "flags": "; ".join(one.flags),
+        "overlay": overlay.as_posix(),
+        **{f"p_{name}": f"{p:.6f}" for name, p in probs},
+    }
+
+
+def report_rows(rows: Sequence[dict], folder: Path) -> list[page.Row]:
+    """Rows for the page, with pictures made from the overlays in `folder`."""
+    height = HEIGHTS[len(rows) > LARGE]
+
+    def picture(row: dict) -> bytes:
+        try:
+            with Image.open(folder / row["overlay"]) as panel:
+                pixels = figures.shrink(np.asarray(panel), height)
+                return figures.encode(pixels, "JPEG")
+        except OSError:
+            return b""  # Somebody removed it; the page shows the row without it.
+
+    shown = page.least_certain([abs(float(r["probability"]) - 0.5) for r in rows])
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(picture, [rows[i] for i in shown])
+        pictures = dict(zip(shown.tolist(), found, strict=True))
+    return [
+        page.Row(
+            name=row["file"],
+            probability=float(row["probability"]),
+            before=row["label_before"],
+            after=row["label"],
+            opposing=int(row["opposing_votes"]) if row["opposing_votes"] else None,
+            cast=int(row["votes_cast"]) if row["votes_cast"] else None,
+            flags=tuple(filter(None, row["flags"].split("; "))),
+            patient=row["patient"],
+            picture=pictures.get(i, b""),
+            link=row["overlay"],
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+class Patient(NamedTuple):
+    """All images of one patient."""
+
+    patient: str
+    images: int
+    probability: float  # Mean over the images, of the positive class.
+    label: str  # Class with the largest mean probability.
+
+
+def by_patient(
+    rows: Sequence[dict], class_names: Sequence[str], positive: int
+) -> list[Patient]:
+    """Mean probabilities of the patients that have an id, in order of appearance."""
+    groups: dict[str, list] = {}
+    for row in rows:
+        if row["patient"]:
+            probs = [float(row[f"p_{name}"]) for name in class_names]
+            groups.setdefault(row["patient"], []).append(probs)
+    means = {patient: np.mean(probs, 0) for patient, probs in groups.items()}
+    return [
+        Patient(
+            patient,
+            len(groups[patient]),
+            float(mean[positive]),
+            class_names[mean.argmax()],
+        )
+        for patient, mean in means.items()
+    ]
+
+
+def finish(
+    out: Path,
+    rows: Sequence[dict],
+    errors: Sequence[tuple[str, str]],
+    class_names: Sequence[str],
+    positive: int,
+    about: dict,
+) -> None:
+    """Writes report.html and, if any patient is known, patients.csv."""
+    patients = by_patient(rows, class_names, positive)
+    if patients:
+        with (out / "patients.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(Patient._fields)
+            writer.writerows(patients)
+    html = prediction_report(
+        report_rows(rows, out),
+        errors,
+        class_names=class_names,
+        positive=positive,
+        patients=patients,
+        about=about,
+    )
+    (out / "report.html").write_text(html, encoding="utf-8")

@@ -1,0 +1,4 @@
+"""Predictions file -> numbers: metrics, calibration, the measured explanations.
+
+Imports methods and everything below; draws nothing.
+"""

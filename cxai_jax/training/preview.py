@@ -1,0 +1,94 @@
+"""Pictures of what a network is fed and what it looks at, for a glance while it trains.
+
+Made from a few images on the host's request, never inside the step.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cxai_jax.data import pipeline
+from cxai_jax.data.augment import augment
+from cxai_jax.data.records import Records
+from cxai_jax.objectives.mixing import MIXES
+from cxai_jax.report import figures
+
+COLUMNS = 8
+SIDE = 112  # Pixels of each tile at most.
+
+
+def training_sheet(config, records: Records) -> np.ndarray:
+    """Augmented and mixed images as the step sees them: uint8 [H, W, 3].
+
+    Where the mix weighs labels by class maps, flat maps stand in: they change the
+    weights and no pixel.
+    """
+    rows = np.linspace(0, len(records) - 1, COLUMNS).astype(int)
+    images, sizes = sources(config, records, rows)
+    key_augment, key_mix = jax.random.split(jax.random.key(config.seed))
+    images = augment(
+        key_augment,
+        jnp.asarray(images),
+        jnp.asarray(sizes),
+        size=config.data.image_size,
+        crop=config.augment.crop,
+        hflip=config.augment.hflip,
+        vflip=config.augment.vflip,
+    )
+    mixed = MIXES[config.mix.name](
+        key_mix,
+        images,
+        jnp.asarray(records.labels[rows]),
+        jnp.zeros((COLUMNS, 1, 1)),
+        prob=float(config.mix.prob > 0),  # A picture of what happens at times, too.
+        beta=config.mix.beta,
+        same_class=config.mix.same_class,
+        boxes=config.mix.boxes,
+        groups=1,
+    )
+    return sheet(np.asarray(mixed.images).round().astype(np.uint8))
+
+
+def sources(config, records: Records, rows) -> tuple[np.ndarray, np.ndarray]:
+    """Rows before augmentation, on one canvas: uint8 [B, Hc, Wc, C], int [B, 2]."""
+    fit = pipeline.fit_for_training(config)
+    images = [fit(records.images[int(row)]) for row in rows]
+    sizes = np.array([image.shape[:2] for image in images], np.int32)
+    canvas = (*sizes.max(0), images[0].shape[-1])
+    return pipeline.to_canvas(images, canvas), sizes
+
+
+def class_map_sheet(predictions: dict, records: Records) -> np.ndarray:
+    """Some scored images over the class maps of their predicted class.
+
+    Args:
+      predictions: as `evaluate.Evaluator.predict` returns.
+      records: the scored split.
+    """
+    rows = np.linspace(0, len(records) - 1, COLUMNS).astype(int)
+    gray = [figures.shrink(records.images[int(row)][..., 0], SIDE) for row in rows]
+    labels = predictions["probs"][rows, 0].argmax(1)
+    maps = predictions["class_maps"][rows, :, :, labels]
+    return sheet([*gray, *map(figures.overlay, gray, maps)])
+
+
+def sheet(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Tiles in rows of `COLUMNS`, top left aligned on black: uint8 [H, W, 3].
+
+    Args:
+      images: uint8 [h, w], [h, w, 1] or [h, w, 3] each.
+    """
+    tiles = []
+    for image in images:
+        image = image.reshape(*image.shape[:2], -1)
+        image = np.broadcast_to(image, (*image.shape[:2], 3))
+        tiles.append(figures.shrink(image, SIDE))
+    height, width = (max(tile.shape[axis] for tile in tiles) + 2 for axis in (0, 1))
+    page = np.zeros((-(-len(tiles) // COLUMNS) * height, COLUMNS * width, 3), np.uint8)
+    for place, tile in enumerate(tiles):
+        row, column = divmod(place, COLUMNS)
+        top, left = row * height, column * width
+        page[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return page

@@ -1,0 +1,4 @@
+"""Test-time voting over masked images: rules, reused prefix, forward passes.
+
+Imports maps, models, data and objectives.
+"""

@@ -1,0 +1,458 @@
+"""The predict command end to end on a small untrained network, and what feeds it."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPO
+from PIL import Image
+from untrained_run import make_run
+
+from cxai_jax import predict
+from cxai_jax.data import inputs, novelty, transforms
+from cxai_jax.data.augment import normalise
+from cxai_jax.inference import predictor
+from cxai_jax.maps import cam
+from cxai_jax.mesh import make_mesh
+from cxai_jax.models import tiny
+from cxai_jax.voting import rules
+from cxai_jax.voting.forward import make_predict_step
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(workdir, config, training records) of an untrained run."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, *make_run(workdir)
+
+
+@pytest.fixture(scope="module")
+def scans(run, tmp_path_factory):
+    """A folder with nine scans, the first one from the training split."""
+    folder = tmp_path_factory.mktemp("scans")
+    random = np.random.default_rng(0)
+    pictures = [run[2].images[0][..., 0]]
+    pictures += [random.integers(0, 255, (40, 50), np.uint8) for _ in range(8)]
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i} <b>.png")
+    return folder
+
+
+def command(run, out, *more):
+    return predict.main([f"--workdir={run[0]}", f"--out={out}", *map(str, more)])
+
+
+def table(out):
+    with (out / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def whole(run, scans, tmp_path_factory):
+    """The output of an uninterrupted prediction of `scans`."""
+    out = tmp_path_factory.mktemp("whole")
+    assert command(run, out, "--images", scans) == 0
+    return out
+
+
+def test_the_predict_step_runs_every_mask(run):
+    model = predictor.load(run[0])
+    images = np.stack([run[2].images[i][:32, :32] for i in range(2)])
+    step = jax.jit(make_predict_step(model.model, model.scale, model.config.tta))
+    out = step(model.variables, images)
+    x = normalise(images, model.scale.mean, model.scale.std)
+    logits, seen = model.model.apply(model.variables, x, "eval")
+    maps = cam.of_class(seen.class_maps, logits.argmax(-1))
+    cells = rules.rank_cells(maps, grid=4, k=3, patch=8)
+    variants = rules.masked_images(x, cells, grid=4, fill="min")
+    masked, _ = model.model.apply(
+        model.variables, variants.reshape(-1, 32, 32, 3), "eval"
+    )
+    expected = np.exp(masked) / np.exp(masked).sum(-1, keepdims=True)
+    assert out["probs"].shape == (2, 4, 2)
+    np.testing.assert_allclose(out["probs"], expected.reshape(2, 4, 2), atol=1e-5)
+    np.testing.assert_allclose(out["logits"], logits, atol=1e-4)
+
+
+def test_early_exit_gives_the_labels_of_the_full_pass(run):
+    model = predictor.load(run[0])
+    images = np.random.default_rng(3).integers(0, 255, (3, 32, 32, 1), np.uint8)
+    mesh = make_mesh()
+    early = predictor.Predictor(model, mesh)(images)
+    model.config.tta.early_exit = False
+    full = predictor.Predictor(model, mesh)(images)
+    np.testing.assert_array_equal(early.after, full.after)
+    np.testing.assert_array_equal(early.before, full.before)
+    np.testing.assert_allclose(early.probs, full.probs, atol=1e-5)
+    assert (early.cast <= full.cast).all() and (full.cast == 3).all()
+    assert early.class_maps.shape == full.class_maps.shape
+
+
+def test_everything_is_written(whole, scans):
+    rows = table(whole)
+    assert [row["file"] for row in rows] == sorted(map(str, scans.iterdir()))
+    for row in rows:
+        assert row["error"] == "" and 0 <= float(row["probability"]) <= 1
+        assert row["label"] in ("COVID-19", "non-COVID-19")
+        assert int(row["opposing_votes"]) <= int(row["votes_cast"]) <= 3
+        with Image.open(whole / row["overlay"]) as overlay:
+            assert overlay.height <= 50 and overlay.width > 2 * overlay.height
+    assert "seen in training" in rows[0]["flags"]
+    assert not any("seen in training" in row["flags"] for row in rows[1:])
+    page = (whole / "report.html").read_text()
+    assert page.count("<tr data-tags=") == 9
+    assert page.count("&lt;b&gt;.png</a>") == 9
+
+
+def test_every_column_is_explained(whole):
+    explained = (REPO / "experiments" / "README.md").read_text(encoding="utf-8")
+    for column in table(whole)[0]:
+        name = "p_CLASS" if column.startswith("p_") else column
+        assert f"`{name}`" in explained, column
+
+
+def test_a_stopped_prediction_continues(run, scans, whole, tmp_path, monkeypatch):
+    call = predictor.Predictor.__call__
+
+    def stop_after_first(self, images):
+        os.kill(os.getpid(), signal.SIGINT)
+        return call(self, images)
+
+    monkeypatch.setattr(predictor.Predictor, "__call__", stop_after_first)
+    assert command(run, tmp_path, "--images", scans) == 128 + signal.SIGINT
+    assert len(table(tmp_path)) == 4  # One batch.
+    assert (tmp_path / "report.html").exists()
+    monkeypatch.undo()
+    with (tmp_path / "predictions.csv").open("a") as file:
+        file.write("half a row,")  # What a crash leaves.
+    with pytest.raises(SystemExit):
+        command(run, tmp_path, "--images", scans)
+    with pytest.raises(SystemExit):
+        command(run, tmp_path, "--images", scans, "--resume", "--votes=1")
+    assert command(run, tmp_path, "--images", scans, "--resume") == 0
+    assert table(tmp_path) == table(whole)
+
+
+def test_bad_files_are_named_and_the_others_predicted(run, scans, tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(next(scans.iterdir()).read_bytes())
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("hello")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:300])
+    (folder / "notes.txt").write_text("not meant to be an image")
+    colour = np.zeros((30, 30, 3), np.uint8)
+    colour[..., 0] = 200
+    Image.fromarray(colour).save(folder / "photo.png")
+    frames = [Image.fromarray(np.full((9, 9), i, np.uint8)) for i in (0, 255)]
+    frames[0].save(folder / "volume.tif", save_all=True, append_images=frames[1:])
+    (folder / "link.png").symlink_to("nowhere")
+    (folder / "volume.nii.gz").write_bytes(b"\x1f\x8b")
+    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")  # An index, no image.
+    (folder / "patients.csv").write_text("file,patient\ngood.png,ann\n")
+    code = command(run, out, "--votes=0", f"--images={folder}", tmp_path / "*.gone")
+    assert code == 1
+    rows = table(out)
+    errors = {row["file"].rpartition("/")[2]: row["error"] for row in rows[1:]}
+    assert [row["error"] for row in rows[:1]] == [""]
+    expected = {
+        "empty.png": "empty",
+        "text.png": "not an image",
+        "link.png": "cannot be opened (No such file or directory)",
+        "cut.png": "cannot be read",
+        "photo.png": "colour picture",
+        "volume.tif": "2 frames",
+        "volume.nii.gz": "a volume; save its slices",
+        "*.gone": "no such file",
+    }
+    assert errors.keys() == expected.keys()
+    page, said = (out / "report.html").read_text(), capsys.readouterr().err
+    for name, reason in expected.items():
+        assert reason in errors[name] and name in page and name in said
+    assert rows[0]["patient"] == "ann" and rows[0]["votes_cast"] == ""
+    patients = (out / "patients.csv").read_text().splitlines()
+    assert patients[0] == "patient,images,probability,label"
+    assert patients[1].startswith("ann,1,")
+    ignored = json.loads(
+        page.split("<pre>")[1].split("</pre>")[0].replace("&quot;", '"')
+    )
+    assert [os.path.basename(n) for n in ignored["ignored files"]] == [
+        "DICOMDIR",
+        "notes.txt",
+        "patients.csv",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["run", "checkpoint", "images"])
+def test_nothing_to_predict_is_code_2_and_a_page(run, scans, tmp_path, missing):
+    workdir, images, out = run[0], scans, tmp_path / "out"
+    if missing == "images":
+        images = tmp_path / "empty"
+        images.mkdir()
+    else:
+        workdir = tmp_path / "workdir"
+        workdir.mkdir()
+        if missing == "checkpoint":
+            for name in ("config.json", "results.json", novelty.FILE):
+                (workdir / name).write_bytes((run[0] / name).read_bytes())
+    code = predict.main([f"--workdir={workdir}", f"--images={images}", f"--out={out}"])
+    assert code == 2
+    page = (out / "report.html").read_text()
+    reason = {
+        "run": "is not the workdir of a run",
+        "checkpoint": "holds no checkpoint",
+        "images": "the folder holds no image files",
+    }
+    assert reason[missing] in page
+
+
+def test_flags_tell_what_is_unusual(run):
+    known = novelty.load(run[0])
+    image = run[2].images[1]
+    assert novelty.flags(image, known, 32) == ["seen in training"]
+    assert "brighter than every training image" in novelty.flags(
+        np.full((64, 64, 1), 255, np.uint8), known, 32
+    )
+    gray = Image.fromarray(image[..., 0])
+    larger = np.asarray(gray.resize((131, 90), Image.Resampling.BICUBIC))[..., None]
+    assert novelty.is_known(larger, known["difference_hashes"])
+    assert not novelty.is_known(image[:, ::-1], known["difference_hashes"])
+    blank = np.zeros((9, 9, 1), np.uint8)
+    of_blank = novelty.difference_hash(blank)[None]
+    assert not novelty.is_known(blank, of_blank) and not of_blank.any()
+    tiny = novelty.flags(np.full((5, 60, 1), 90, np.uint8), known, 32)
+    assert tiny[0].startswith("small: 60 x 5 pixels")
+    assert "wider than every training image" in tiny
+    assert "less contrast than every training image" in tiny
+
+
+def test_names_that_are_not_utf8_are_predicted_and_written(run, scans, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    out = folder / "out"  # Its overlays are no new images when it is resumed.
+    name = os.fsdecode(b"\xe4.png")  # Latin-1, as old archives have.
+    try:
+        (folder / name).write_bytes(next(scans.iterdir()).read_bytes())
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    (folder / os.fsdecode(b"\xe4.nii")).touch()
+    assert command(run, out, "--votes=0", f"--images={folder}") == 1
+    good, bad = table(out)
+    assert good["file"] == f"{folder}/\\xe4.png" and good["error"] == ""
+    assert bad["file"] == f"{folder}/\\xe4.nii" and "volume" in bad["error"]
+    assert command(run, out, "--votes=0", f"--images={folder}", "--resume") == 1
+    assert table(out) == [good, bad]
+
+
+def test_votes_are_shared_out_over_devices(run, tmp_path):
+    images = np.random.default_rng(3).integers(0, 255, (4, 32, 32, 1), np.uint8)
+    model = predictor.load(run[0])
+    here = predictor.Predictor(model, make_mesh())(images)
+    np.save(tmp_path / "images.npy", images)
+    program = """
+import sys
+import jax, numpy as np
+from pathlib import Path
+from hlo import collectives
+
+from cxai_jax import mesh
+from cxai_jax.inference.predictor import Predictor, load
+from cxai_jax.voting.forward import make_voting_step
+model = load(Path(sys.argv[1]))
+images = np.load(sys.argv[2])
+predictor = Predictor(model, mesh.make_mesh())
+forward, shares = predictor._forward, set()
+def watched(variables, masked):
+    shares.add(len(masked) // masked.sharding.shard_shape(masked.shape)[0])
+    return forward(variables, masked)
+predictor._forward = watched
+print(*predictor(images).after, shares)
+devices = mesh.make_mesh()
+step = make_voting_step(model.model, model.scale, model.config.tta)
+arrays = mesh.put_replicated(model.variables, devices), mesh.put_rows(images, devices)
+hlo = jax.jit(step).lower(*arrays).compile().as_text()
+print(max((np.prod(dims) for _, dims in collectives(hlo)), default=0))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, run[0], tmp_path / "images.npy"],
+        env=os.environ
+        | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiles faster.
+            "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
+            "JAX_PLATFORMS": "cpu",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *labels, shares, largest = done.stdout.split()
+    assert labels == [*map(str, here.after)] and shares == "{4}"
+    assert int(largest) < 32 * 32  # The full pass moves no image either.
+
+
+def test_inputs_are_found_once_and_in_order(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/2.png", "a/1.JPG", "a/.hidden.png", "b.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "a/IM0001").write_bytes(bytes(128) + b"DICM")  # No suffix.
+    found = inputs.find([str(tmp_path / "*"), str(tmp_path / "b.png")])
+    names = [path.relative_to(tmp_path).as_posix() for path in found.files]
+    assert names == ["a/1.JPG", "a/2.png", "a/IM0001", "b.png"]
+    assert found.errors == []
+    assert [os.path.basename(name) for name in found.ignored] == [".hidden.png"]
+
+
+def test_reading_ahead_keeps_order_and_errors():
+    def read(i):
+        if i == 3:
+            raise ValueError("three")
+        return [i]
+
+    got = list(inputs.read_ahead(range(100), read))
+    assert [item for item, _ in got] == list(range(100))
+    assert isinstance(got[3][1], ValueError) and got[50][1] == [50]
+
+
+@pytest.fixture
+def dicom(tmp_path):
+    """Writes a DICOM file of int16 pixels [F, H, W] and returns its path."""
+    pydicom = pytest.importorskip("pydicom")
+
+    def write(pixels=None, syntax=None, **fields):
+        data = pydicom.Dataset()
+        data.file_meta = pydicom.dataset.FileMetaDataset()
+        plain = pydicom.uid.ExplicitVRLittleEndian
+        data.file_meta.TransferSyntaxUID = syntax or plain
+        data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2"
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = "1.3"
+        data.PatientID, data.SeriesInstanceUID, data.Modality = "ann", "1.4", "CT"
+        if pixels is not None:
+            data.PixelData = pixels.astype("<i2").tobytes()
+            data.NumberOfFrames, data.Rows, data.Columns = pixels.shape
+            data.BitsAllocated = data.BitsStored = 16
+            data.HighBit, data.PixelRepresentation, data.SamplesPerPixel = 15, 1, 1
+            data.PhotometricInterpretation = "MONOCHROME2"
+            data.RescaleSlope, data.RescaleIntercept = 2, -1000
+        for name, value in fields.items():
+            setattr(data, name, value)
+        path = tmp_path / "scan"
+        data.save_as(path, enforce_file_format=True)
+        return path
+
+    return write
+
+
+def test_dicom_frames_become_slices_with_lut_and_window(dicom):
+    pixels = np.array([[[0, 200]], [[500, 900]]])  # -1000, -600 and 0, 800 HU.
+    path = dicom(pixels)
+    first, second = inputs.open_slices(path)
+    assert (first.name, second.name) == (f"{path}#1", f"{path}#2")
+    assert first.patient == "ann" and first.gray.shape == (1, 2, 1)
+    # Lung window -600, 1500: -1350..150 HU.
+    np.testing.assert_array_equal(first.gray.ravel(), [60, 128])
+    np.testing.assert_array_equal(second.gray.ravel(), [230, 255])
+    wide = inputs.open_slices(path, window=(0.0, 2000.0), patient="bob")
+    np.testing.assert_array_equal(wide[1].gray.ravel(), [128, 230])
+    assert wide[1].patient == "bob"
+    own = dicom(pixels[:1], WindowCenter=-800, WindowWidth=400)
+    np.testing.assert_array_equal(inputs.open_slices(own)[0].gray.ravel(), [0, 255])
+
+
+def test_enhanced_dicom_keeps_lut_and_window_in_its_functional_groups(dicom):
+    pydicom = pytest.importorskip("pydicom")
+
+    def group(name, **values):
+        inner, outer = pydicom.Dataset(), pydicom.Dataset()
+        for key, value in values.items():
+            setattr(inner, key, value)
+        setattr(outer, f"{name}Sequence", [inner])
+        return outer
+
+    lut = {"RescaleSlope": 2, "RescaleIntercept": -1000, "RescaleType": "HU"}
+    path = dicom(
+        np.array([[[0, 200]], [[0, 200]]]),  # -1000, -600 HU.
+        RescaleSlope=None,
+        RescaleIntercept=None,
+        SharedFunctionalGroupsSequence=[group("PixelValueTransformation", **lut)],
+        PerFrameFunctionalGroupsSequence=[
+            group("FrameVOILUT", WindowCenter=-800, WindowWidth=400),
+            group("FrameVOILUT", WindowCenter=-1000, WindowWidth=800),
+        ],
+    )
+    first, second = inputs.open_slices(path)
+    np.testing.assert_array_equal(first.gray.ravel(), [0, 255])
+    np.testing.assert_array_equal(second.gray.ravel(), [128, 255])
+
+
+def test_dicom_monochrome1_is_inverted_and_the_series_names_the_patient(dicom):
+    path = dicom(
+        np.array([[[0, 900]]]), PhotometricInterpretation="MONOCHROME1", PatientID=""
+    )
+    (only,) = inputs.open_slices(path, window=(0.0, 2000.0))
+    np.testing.assert_array_equal(only.gray.ravel(), [255, 25])
+    assert only.patient == "1.4"
+
+
+def test_dicom_without_readable_pixels_says_why(dicom):
+    with pytest.raises(ValueError, match="without pixels, such as a report"):
+        inputs.open_slices(dicom())
+    compressed = dicom(np.zeros((1, 1, 2)))
+    data = compressed.read_bytes()
+    jpeg_ls = b"1.2.840.10008.1.2.4.80"
+    plain = b"1.2.840.10008.1.2.1\0"
+    header = data.replace(b"UI\x14\0" + plain, b"UI\x16\0" + jpeg_ls)
+    compressed.write_bytes(header)
+    with pytest.raises(ValueError, match="no decoder is installed for JPEG-LS"):
+        inputs.open_slices(compressed)
+
+
+def test_a_volume_is_refused_where_one_image_is_expected(dicom):
+    with pytest.raises(ValueError, match="2 frames"):
+        transforms.open_gray(dicom(np.zeros((2, 4, 4))))
+
+
+@pytest.mark.parametrize("text", ["-600", "0,0", "a,b"])
+def test_a_bad_window_is_refused(run, scans, tmp_path, text):
+    with pytest.raises(SystemExit) as stopped:
+        command(run, tmp_path, f"--images={scans}", f"--window={text}")
+    assert stopped.value.code == 2
+
+
+@pytest.fixture
+def executables(run, tmp_path):
+    """Predicts two images with programs kept in a folder: (predict, folder)."""
+    images = np.random.default_rng(3).integers(0, 255, (2, 32, 32, 1), np.uint8)
+
+    def predict():
+        model = predictor.load(run[0])
+        return predictor.Predictor(model, make_mesh(), tmp_path / "programs")(images)
+
+    return predict, tmp_path / "programs"
+
+
+def test_stored_programs_are_neither_traced_nor_compiled(
+    executables, monkeypatch, caplog
+):
+    predict, folder = executables
+    calls, apply = [], tiny.Tiny.apply
+
+    def counted(self, *arguments, **options):
+        calls.append(arguments[1].shape)
+        return apply(self, *arguments, **options)
+
+    monkeypatch.setattr(tiny.Tiny, "apply", counted)
+    first, traced = predict(), len(calls)
+    assert traced >= 2, "the first look and the votes"
+    assert len(list(folder.iterdir())) == traced
+    second = predict()
+    assert len(calls) == traced
+    for name, value in first._asdict().items():
+        np.testing.assert_array_equal(getattr(second, name), value)
+    assert not caplog.records

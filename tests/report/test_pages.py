@@ -1,0 +1,375 @@
+"""The page: complete, self-contained, safe, and working in a browser."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+from html import escape
+from html.parser import HTMLParser
+from os import fdopen, pipe
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxai_jax.data.records import Dataset, Records
+from cxai_jax.report import page, pages
+from cxai_jax.report.page import NOTICE, Row
+from cxai_jax.scoring import evaluate, explanations
+
+NASTY = "<img src=x onerror=alert(1)>&\"'.png"
+
+
+def holds(text, part):
+    """`part in text`, which pytest would explain at length for a whole page."""
+    return part in text
+
+
+class Page(HTMLParser):
+    """Collects the tags of a page as (name, attributes)."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def all(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """A run's results, predictions and records, made from random numbers."""
+    random = np.random.default_rng(1)
+    number, k = 24, 4
+    labels = np.arange(number) % 2
+    positive = np.clip(random.normal(0.3 + 0.4 * labels, 0.2), 0.01, 0.99)
+    positive = np.stack([positive, *(random.uniform(size=(k, number)))], axis=1)
+    names = np.array([f"{i}.png" for i in range(number - 1)] + [NASTY])
+    images = random.integers(0, 255, (number, 16, 16, 1)).astype(np.uint8)
+    records = Records(
+        images=images,
+        labels=labels.astype(np.int32),
+        sites=(np.arange(number) // 12).astype(np.int32),
+        patients=np.array([f"p{i // 4 * 2 + i % 2}" for i in range(number)]),
+        names=names,
+    )
+    dataset = Dataset(
+        name="made",
+        splits={"test": records},
+        class_names=("healthy", "sick"),
+        site_names=("north", "south"),
+        positive=1,
+        split_scheme="patient-disjoint",
+        fingerprint="0",
+        leakage={"verdict": "LEAKS: 2 of 24"},
+    )
+    probs = np.stack([1 - positive, positive], axis=2).astype(np.float32)
+    predictions = {
+        "names": names,
+        "labels": records.labels,
+        "sites": records.sites,
+        "patients": records.patients,
+        "probs": probs,
+        "logits": np.log(probs[:, 0]),
+        "class_maps": random.normal(size=(number, 2, 2, 2)).astype(np.float32),
+    }
+    from configs import common
+
+    config = common.get_config()
+    config.eval.bootstrap = 20
+    config.tta.k = k
+    results = {
+        "metrics": evaluate.score(predictions, dataset, config),
+        "calibration": {},
+        "selected": {"rule": "last"},
+        "curve": [{"step": 5, "val": {"accuracy": 0.5}}],
+        "data": {
+            "name": "made",
+            "class_names": ["healthy", "sick"],
+            "positive": "sick",
+            "site_names": ["north", "south"],
+            "split_scheme": "patient-disjoint",
+            "counts": {"test": number},
+            "leakage": dataset.leakage,
+        },
+        "config": json.loads(config.to_json()),
+        "versions": {},
+        "device": {},
+    }
+    return results, predictions, records
+
+
+@pytest.fixture(scope="module")
+def run_page(finished):
+    return pages.run_report(*finished, [{"step": 5, "loss": 1.0}])
+
+
+def test_maps_lie_side_by_side_with_their_agreement(finished):
+    results, predictions, records = finished
+    random, rows = np.random.default_rng(2), [3, 23, 5]
+    pattern = random.normal(size=(3, 2, 2))
+    pattern[2] = -1.0  # No evidence anywhere.
+    zoom = {"cam": 1, "occlusion": 1, "gradcam_lower": 2, "input_gradient": 8}
+    found = {n: pattern.repeat(k, 1).repeat(k, 2) for n, k in zoom.items()}
+    found["input_gradient"][1] *= -1
+    found |= {name: np.zeros(3) for name in ("deletion", "insertion")}
+    summary = explanations.summarise(explanations.measure(found))
+    found |= {
+        "names": records.names[rows],
+        "labels": records.labels[rows],
+        "probs": predictions["probs"][rows, 0],
+    }
+    page = pages.run_report(
+        results | {"explanations": summary}, predictions, records, [], found
+    )
+    section = page[page.index("Do the explanations agree?") :]
+    section = section[: section.index("</section>")]
+    captions = re.findall("<figcaption>(.*?)</figcaption>", section)
+    assert [c.split(". ")[0] for c in captions] == [
+        "agreement -0.33",  # One of three pairs is equal, two are opposite.
+        "agreement +1.00",
+        "no agreement defined: a map is flat",
+    ]
+    assert not holds(section, NASTY) and holds(captions[0], escape(NASTY))
+    pictures = re.findall('image/jpeg;base64,([^"]*)', section)
+    assert len(pictures) == 3
+    panel = Image.open(io.BytesIO(base64.b64decode(pictures[0])))
+    assert panel.width > 4 * panel.height  # The image and three maps.
+    cells = re.findall('<th scope="row">CAM</th>(.*?)</tr>', section)[0]
+    assert re.findall(">([\\d.]+)</td>", cells)[1] == "0.33"  # Empty.
+    assert not holds(section, "lungs")
+
+
+def prediction_page(rows=3, errors=()):
+    made = [
+        Row(
+            name=f"in/{i}-{NASTY}",
+            probability=(i * 37 % 100) / 100,
+            before="healthy",
+            after="sick" if i == 1 else "healthy",
+            opposing=i % 4,
+            cast=4,
+            flags=("seen in training",) if i == 2 else (),
+            patient=f"p{i}",
+            picture=b"\xff\xd8",
+            link=f"overlays/{i}.png",
+        )
+        for i in range(rows)
+    ]
+    return pages.prediction_report(
+        made,
+        errors,
+        class_names=["healthy", "sick"],
+        positive=1,
+        patients=[("p0", 1, 0.25, "healthy")],
+        about={"tta": {"k": 5}},
+    )
+
+
+def test_summary_names_every_group_and_the_verdict(finished):
+    results = finished[0]
+    text = pages.summary(results)
+    for word in ("north", "south", "per patient", "after voting", "LEAKS: 2 of 24"):
+        assert word in text
+    accuracy = 100 * results["metrics"]["all"]["accuracy"]
+    low, high = (100 * v for v in results["metrics"]["all"]["intervals"]["accuracy"])
+    assert f"{accuracy:.1f} ({low:.1f}-{high:.1f})" in text
+    assert f"flipped by voting: {len(results['metrics']['flips'])}" in text
+
+
+def test_a_run_page_has_its_parts(run_page, finished):
+    page = Page(run_page)
+    assert holds(run_page, NOTICE)
+    assert run_page.index("LEAKS: 2 of 24") < run_page.index("<h2>Charts</h2>")
+    labels = [svg["aria-label"] for svg in page.all("svg")]
+    for chart in ("ROC", "Confusion", "Reliability", "training loss", "accuracy"):
+        assert any(chart in label for label in labels), chart
+    assert any(label.startswith("Score while") for label in labels)
+    flips = finished[0]["metrics"]["flips"]
+    listed = run_page.split(">Flipped image")[1].split("</table>")[0]
+    assert flips and listed.count('<th scope="row">') == len(flips)
+    rows = [row for row in page.all("tr") if "data-tags" in row]
+    assert len(rows) == len(finished[1]["labels"])
+    wrong = (finished[1]["probs"][:, 0].argmax(1) != finished[1]["labels"]).sum()
+    assert wrong > 0 and holds(run_page, "Certain and wrong")
+
+
+@pytest.mark.parametrize("kind", ["run", "prediction"])
+def test_a_page_needs_nothing_and_admits_nothing(kind, run_page):
+    text = run_page if kind == "run" else prediction_page()
+    page = Page(text)
+    for image in page.all("img"):
+        assert image["src"].startswith("data:image/jpeg;base64,")
+        assert image["loading"] == "lazy" and image["alt"]
+    links = [a["href"] for a in page.all("a")]
+    assert all(link.startswith(("#", "overlays/")) for link in links)
+    assert not page.all("iframe") and len(page.all("script")) == 1
+    assert all("src" not in script for script in page.all("script"))
+    addresses = set(re.findall(r"https?://[^\s\"'<)]+", text))
+    assert all("w3.org" in a for a in addresses), addresses  # Names, never fetched.
+    assert not holds(text, "<img src=x") and holds(text, "alert(1)&gt;")
+    script = text[text.index("<script>") + 8 : text.index("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = page.all("meta")[2]["content"]
+    assert policy.startswith("default-src 'none'")
+    assert f"script-src 'sha256-{digest}'" in policy
+
+
+def test_the_overview_counts():
+    text = prediction_page(rows=40)  # 40 rows of 4 votes each, of 5.
+    assert holds(text, "160 votes were cast; the other 40 of 200 could not")
+    for tile in ("<b>40</b> images", "<b>1</b> labels flipped", "<b>39</b> labelled h"):
+        assert holds(text, tile), tile
+
+
+def test_the_common_folder_is_named_once():
+    rows = [Row(n, 0.5, "a", "a") for n in ("/x/y/1.png", "/x/y/2.png", "z.png")]
+    options = {"class_names": ["a"], "positive": 0, "patients": [], "about": {}}
+    assert holds(pages.prediction_report(rows[:2], [], **options), "Files are in /x/y/")
+    assert not holds(pages.prediction_report(rows, [], **options), "Files are in")
+
+
+def test_of_very_many_rows_the_least_certain_are_shown(monkeypatch):
+    monkeypatch.setattr(page, "MAX_ROWS", 2)
+    text = prediction_page(rows=4)  # 0, 37, 74 and 11 %.
+    assert holds(text, "The 2 least certain of 4 images; predictions.csv has all.")
+    assert holds(text, "<b>4</b> images predicted")
+    shown = re.findall(r'data-v="(0\.\d+)"', text)
+    assert shown == ["0.370000", "0.740000"]
+
+
+def test_many_errors_are_folded_away():
+    few = prediction_page(errors=[("a.png", "empty")] * pages.OPEN_ERRORS)
+    many = prediction_page(errors=[("a.png", "empty")] * (pages.OPEN_ERRORS + 1))
+    details = [Page(text).all("details")[0] for text in (few, many)]
+    assert "open" in details[0] and "open" not in details[1]
+    assert holds(many, "11 could not be predicted")
+
+
+def test_errors_are_listed_and_a_page_without_rows_works():
+    text = pages.prediction_report(
+        [],
+        [("a<b.dcm", "no pixels")],
+        class_names=[],
+        positive=0,
+        patients=[],
+        about={},
+    )
+    assert "a&lt;b.dcm" in text and "no pixels" in text and NOTICE in text
+    assert "<h2>Images</h2>" not in text
+
+
+class Browser:
+    """Headless Chromium, spoken to over its debugging pipe."""
+
+    def __init__(self, path, folder):
+        (theirs_in, ours_out), (ours_in, theirs_out) = pipe(), pipe()
+        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        flags += "--disable-background-networking --disable-component-update "
+        flags += f"--disable-sync --remote-debugging-pipe --user-data-dir={folder}"
+        # Chromium reads from descriptor 3 and writes to 4.
+        command = f"exec {path} {flags} 3<&{theirs_in} 4>&{theirs_out}"
+        self.process = subprocess.Popen(
+            ["bash", "-c", command],
+            pass_fds=(theirs_in, theirs_out),
+            stderr=subprocess.DEVNULL,
+        )
+        for descriptor in (theirs_in, theirs_out):
+            fdopen(descriptor).close()
+        self.out, self.answers = fdopen(ours_out, "wb"), fdopen(ours_in, "rb")
+        self.number, self.session, self.complaints = 0, None, []
+
+    def call(self, method, **parameters):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        self.out.write(json.dumps(message).encode() + b"\0")
+        self.out.flush()
+        while True:
+            text = b""
+            while not text.endswith(b"\0"):
+                byte = self.answers.read(1)
+                assert byte, "chromium ended"
+                text += byte
+            answer = json.loads(text[:-1])
+            kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+            if answer.get("method") in (*kinds, "Log.entryAdded"):
+                self.complaints.append(answer["params"])
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def open(self, address, width):
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call(
+            "Target.attachToTarget", targetId=target, flatten=True
+        )["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=844,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
+        self.call("Page.navigate", url=address)
+        while self.run("document.readyState + location.protocol") != "completefile:":
+            pass
+
+    def run(self, expression):
+        return self.call("Runtime.evaluate", expression=expression)["result"].get(
+            "value"
+        )
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_sorting_and_filtering_in_a_browser(tmp_path, width):
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not path:
+        pytest.skip("no chromium on this machine")
+    file = tmp_path / "report.html"
+    file.write_text(prediction_page(rows=40), encoding="utf-8")
+    browser = Browser(path, tmp_path / "profile")
+    try:
+        browser.open(file.as_uri(), width)
+        shown = """[...document.querySelectorAll('#images tbody tr')]
+            .filter(row => row.offsetParent)
+            .map(row => row.querySelector('[data-h^=Probability]').dataset.v).join()"""
+        button = """[...document.querySelectorAll('#images th button')]
+            .find(button => button.textContent.startsWith('Probability'))"""
+        before = browser.run(shown).split(",")
+        assert len(before) == 40 and before != sorted(before)
+        browser.run(f"{button}.click()")
+        assert browser.run(shown).split(",") == sorted(before)
+        assert browser.run(f"{button}.parentElement.ariaSort") == "ascending"
+        browser.run(f"{button}.focus()")
+        assert browser.run("document.activeElement.textContent").startswith("Prob")
+        for kind in ("keyDown", "keyUp"):
+            key = {"type": kind, "key": "Enter", "text": "\r"}
+            browser.call("Input.dispatchKeyEvent", **key)
+        assert browser.run(shown).split(",") == sorted(before)[::-1]
+        browser.run("scrollTo(0, document.body.scrollHeight)")
+        heading = "document.querySelector('#images thead').getBoundingClientRect().top"
+        assert (browser.run(heading) == 0) == (width == 1280)  # Stays in view.
+        browser.run("show.value = 'flipped'; show.dispatchEvent(new Event('change'))")
+        assert browser.run(shown) == "0.370000"
+        assert browser.run("document.getElementById('count').textContent") == (
+            "1 of 40 images"
+        )
+        wide = "document.documentElement.scrollWidth - innerWidth"
+        assert browser.run(wide) <= 0
+        # The pictures of this page are two bytes long and cannot be decoded; nothing
+        # else may be said on the console.
+        assert browser.complaints == []
+    finally:
+        browser.process.kill()
+        browser.process.wait()

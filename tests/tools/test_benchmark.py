@@ -1,0 +1,268 @@
+"""The benchmark's arithmetic, that it runs, and that a wrong result cannot pass."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import gpu_report, scaling
+from tools import (
+    benchmark,
+    benchmark_compare,
+    benchmark_suites,
+    benchmark_timing,
+    roofline,
+)
+from tools import benchmark_programs as programs
+from tools.benchmark_session import make_session
+from tools.benchmark_timing import Contender, Sample
+
+
+def rounds_of(*pairs, foreign=0.0):
+    return [{"a": Sample(a, foreign), "b": Sample(b, foreign)} for a, b in pairs]
+
+
+def test_rounds_alternate_their_order_and_warm_up():
+    calls = []
+    contenders = [
+        Contender(name, lambda n, name=name: calls.append((name, n))) for name in "ab"
+    ]
+    rounds = benchmark_timing.interleave(contenders, calls=3, repeats=3, warmup=2)
+    assert calls[:2] == [("a", 2), ("b", 2)]
+    assert [name for name, _ in calls[2:]] == list("abbaab")
+    assert {n for _, n in calls[2:]} == {3}
+    assert [set(r) for r in rounds] == [{"a", "b"}] * 3
+
+
+def test_two_rounds_are_made_whatever_the_deadline():
+    contender = Contender("a", lambda n: None)
+    made = benchmark_timing.interleave([contender], calls=1, repeats=9, deadline=0)
+    assert len(made) == 2
+
+
+def test_ratio_is_taken_within_rounds():
+    # The second round ran on a machine ten times slower: the ratio stays two.
+    ratio = benchmark_timing.paired_ratio(rounds_of((1, 2), (10, 20)), "a", "b")
+    assert (ratio["median"], ratio["min"], ratio["max"]) == (2, 2, 2)
+    assert (ratio["rounds"], ratio["quiet"]) == (2, True)
+
+
+def test_busy_rounds_do_not_count_where_there_are_quiet_ones():
+    rounds = rounds_of((1, 2)) + rounds_of((1, 9), (1, 9), foreign=0.5)
+    ratio = benchmark_timing.paired_ratio(rounds, "a", "b")
+    assert (ratio["median"], ratio["rounds"]) == (2, 1)
+    assert benchmark_timing.is_noisy(rounds, "a")
+    ratio = benchmark_timing.paired_ratio(rounds[1:], "a", "b")
+    assert ratio["median"] == 9 and not ratio["quiet"]
+
+
+def test_cpu_seconds_are_compared_in_every_round():
+    rounds = [
+        {"a": Sample(9, 0.9, cpu=1.0), "b": Sample(1, 0.9, cpu=1.5)},
+        {"a": Sample(1, 0.9, cpu=2.0), "b": Sample(9, 0.9, cpu=3.0)},
+    ]
+    assert benchmark_timing.paired_ratio(rounds, "a", "b")["cpu"] == 1.5
+    assert benchmark_timing.times(rounds, "a")["cpu_p50"] == 1500
+
+
+def test_times_are_milliseconds():
+    times = benchmark_timing.times(rounds_of((0.001, 1), (0.003, 1), (0.002, 1)), "a")
+    assert (times["p50"], times["min"], times["max"]) == (2, 1, 3)
+
+
+def test_own_work_is_not_foreign_load():
+    earlier, later = benchmark_timing.Load(), benchmark_timing.Load()
+    earlier.total, earlier.busy, earlier.own = 100.0, 40.0, 10.0
+    later.total, later.busy, later.own = 104.0, 43.0, 12.0
+    # Of four CPU seconds three were busy, two of them our own.
+    assert earlier.foreign_until(later) == pytest.approx(0.25)
+    assert later.foreign_until(later) == 1.0, "unknown load must not count as quiet"
+
+
+def result_of(ms=10.0, ratio=None, noisy=False, wrong=False, kind="cpu"):
+    row = {
+        "suite": "step_plain",
+        "variant": "plain",
+        "dtype": "float32",
+        "model": "resnet50",
+        "size": 224,
+        "bs": 8,
+        "ms": {"p50": ms},
+        "ratios": {} if ratio is None else {"published": {"median": ratio}},
+        "noisy": noisy,
+        "wrong": wrong,
+    }
+    return {"schema": 1, "device": {"kind": kind}, "rows": [row]}
+
+
+@pytest.mark.parametrize(
+    "old,new,verdict",
+    [
+        ({"ms": 10}, {"ms": 10.9}, "ok"),
+        ({"ms": 10}, {"ms": 11.1}, "regression"),
+        ({"ms": 10}, {"ms": 99, "noisy": True}, "noisy"),
+        # Slower by the clock, as fast as before against the peer: another machine.
+        ({"ms": 10, "ratio": 1.2}, {"ms": 20, "ratio": 1.2}, "ok"),
+        ({"ms": 20, "ratio": 1.2}, {"ms": 10, "ratio": 1.0}, "regression"),
+    ],
+)
+def test_comparison(tmp_path, old, new, verdict, capsys):
+    paths = tmp_path / "old.json", tmp_path / "new.json"
+    for path, given in zip(paths, (old, new), strict=True):
+        path.write_text(json.dumps(result_of(**given)))
+    code = benchmark_compare.main([str(path) for path in paths])
+    assert code == (verdict == "regression")
+    assert verdict in capsys.readouterr().out
+
+
+def test_times_of_different_devices_are_not_compared():
+    assert benchmark_compare.compare(result_of(), result_of(kind="gpu")) == []
+
+
+def test_comparison_refuses_other_files(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text('{"metrics": 1}')
+    assert benchmark_compare.main([str(path), str(path)]) == 2
+    assert "is not a result of tools.benchmark" in capsys.readouterr().out
+
+
+def test_a_wrong_loss_or_gradient_is_found():
+    assert benchmark_suites.agrees("float32", (0.700, 250.0), (0.705, 251.0))
+    for wrong in (0.60, float("nan"), float("inf")):
+        assert not benchmark_suites.agrees("float32", (wrong, 1.0), (0.705, 1.0))
+        assert not benchmark_suites.agrees("float32", (0.705, wrong), (0.705, 1.0))
+
+
+def test_a_wrong_step_cannot_pass_however_fast(tmp_path):
+    paths = tmp_path / "old.json", tmp_path / "new.json"
+    paths[0].write_text(json.dumps(result_of(ms=10)))
+    paths[1].write_text(json.dumps(result_of(ms=1, wrong=True)))
+    assert benchmark_compare.main([str(path) for path in paths]) == 1
+
+
+def test_threshold_splits_the_votes():
+    rng = np.random.default_rng(0)
+    positive = rng.uniform(0.4, 0.6, (5, 32))
+    probs = np.stack([1 - positive, positive], axis=-1)
+    own = np.take_along_axis(probs[:, 1:], probs[:, :1].argmax(-1)[..., None], axis=2)
+    for share in (0.0, 0.05, 0.5):
+        theta = programs.threshold(probs, share)
+        assert (own < theta).mean() == pytest.approx(share, abs=0.01)
+
+
+def test_row_blocks_walk_through_the_whole_split():
+    from cxai_jax import mesh as meshes
+
+    blocks = programs.row_blocks(16, 4, 2, meshes.make_mesh(1))
+    assert all(block.shape == (2, 4) for block in blocks)
+    rows = np.concatenate([np.asarray(block).ravel() for block in blocks])
+    assert (np.bincount(rows, minlength=16) == 2).all()
+
+
+def test_unknown_voting_kind_names_the_known():
+    with pytest.raises(ValueError, match="known: all, loop, early_unanimous"):
+        programs.tta_programs(("late",), images=1)
+
+
+def test_unknown_suite_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["stepp"])
+    assert "unknown suite 'stepp'; known: step_plain" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_smoke_suite_writes_its_json(tmp_path):
+    """Runs the whole step and both ways of voting; early exit must keep labels."""
+    path = tmp_path / "smoke.json"
+    given = ["smoke", "--json", str(path), "--budget_s", "900"]
+    assert benchmark.main(given) == 0, "a loss differs from its reference"
+    result = json.loads(path.read_text())
+    assert result["skipped"] == []
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert set(rows) == {"full, eval maps", "all", "early_undecided"}
+    step = rows["full, eval maps"]
+    assert step["donated_bytes"] >= step["state_bytes"] > 0
+    assert step["ratios"]["naive"]["median"] > 0
+    assert 17 <= rows["early_undecided"]["forwards_per_image"] <= 33
+    again = benchmark_compare.compare(result, result)
+    assert {row["slower"] for row in again} == {1.0}
+
+
+@pytest.mark.slow
+def test_peer_computes_the_same_first_loss():
+    """The PyTorch ResNet-50 with our weights: forward pass and batch norm agree."""
+    pytest.importorskip("torch")
+    from tools import peer_torch
+
+    size, batch = 64, 4
+    variables = programs.initial_variables("resnet50", size)
+    run = peer_torch.make_step(
+        "plain", programs.peer_batches(batch, size), variables=variables, rate=0.0
+    )
+    ours = programs.step_program(
+        batch=batch, size=size, **programs.PLAIN, **{"model.name": "resnet50"}
+    )
+    assert run(1) == pytest.approx(ours.run(1), rel=1e-3)
+
+
+def test_committed_results_are_complete():
+    """The committed measurement on a CPU has the rows that the README quotes."""
+    path = Path(__file__).parents[2] / "experiments" / "results" / "benchmark_cpu.json"
+    if not path.exists():
+        pytest.skip(
+            "no measurement yet: on a quiet machine, python -m tools.benchmark "
+            f"step_plain step_full tta --peer=torch --json={path}"
+        )
+    result = benchmark_compare.read(path)
+    rows = {(row["suite"], row["variant"]): row for row in result["rows"]}
+    full = rows["step_full", "full, eval maps"]
+    assert {"published", "fair_eval", "naive"} <= set(full["ratios"])
+    assert {"published", "batched"} <= set(rows["tta", "all"]["ratios"])
+    assert all(row["repeats"] >= 2 and not row["wrong"] for row in result["rows"])
+
+
+HLO = """
+  %t = f32[1024,1024]{1,0} transpose(%a), dimensions={1,0}
+  %s = bf16[512,512]{1,0} copy(%b)
+  %c = (bf16[8,7,7,64]{3,2,1,0}, u8[0]{0}) custom-call(%d), custom_call_target="__cudnn$convBiasActivationForward"
+  %w = f32[3,3,64,64]{3,2,1,0} custom-call(%e), custom_call_target="__cudnn$convBackwardFilter"
+  %p = f32[8,112,112,64]{3,2,1,0} select-and-scatter(%f, %g, %h), window={size=1x3x3x1}
+  %r = f32[64]{0} all-reduce-start(%i), to_apply=%add
+"""  # noqa: E501
+
+
+def test_programs_are_examined():
+    found = gpu_report.examine(HLO)
+    assert found["large_copies"] == ["transpose f32[1024,1024]"]
+    assert (found["convolutions"], found["fused_convolutions"]) == (2, 1)
+    assert (found["select_and_scatter"], found["all_reduces"]) == (1, 1)
+    assert found["all_gathers"] == 0
+
+
+def test_targets_are_judged_in_their_direction():
+    fast = gpu_report.Target("images/s", 10, 20)
+    short = gpu_report.Target("seconds", 20, 10, at_most=True)
+    values = (9, 10, 20, None)
+    reached = ["missed", "must", "stretch", "not measured"]
+    assert [fast.judge(value)["reached"] for value in values] == reached
+    values = (21, 20, 10, None)
+    assert [short.judge(value)["reached"] for value in values] == reached
+
+
+def test_exponent_of_a_power_law():
+    values = [1, 2, 4, 8]
+    found = scaling.exponents(values, [3 * v**1.5 for v in values])
+    assert found == pytest.approx([1.5] * 3)
+
+
+def test_floor_of_a_sweep_grows_with_its_work():
+    session = make_session()
+    session.machine = roofline.Machine(bytes_per_s=1e10, flops_per_s=1e11)
+    rest = {"batch": 4, "size": 224}
+    one, eight = (scaling.floor_ms("batch", b, rest, session) for b in (1, 8))
+    assert one < eight < 8 * one  # The optimiser's pass does not depend on the batch.
+    rest = {"images": 2, "size": 224}
+    votes = [scaling.floor_ms("k", k, rest, session) for k in (8, 16)]
+    assert votes[1] < 2 * votes[0]
+    assert scaling.floor_ms("devices", 2, rest, session) is None

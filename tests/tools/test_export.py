@@ -1,0 +1,79 @@
+"""The exported file computes what the live model computes, and needs only jax."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from untrained_run import make_run
+
+from cxai_jax.inference import predictor
+from cxai_jax.voting import rules
+from cxai_jax.voting.forward import make_predict_step
+from tools import export_model
+
+pytest.importorskip("flatbuffers")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    make_run(workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("votes", [0, 3])
+def test_exported_equals_live(run, tmp_path, votes):
+    file = tmp_path / "model.bin"
+    export_model.main([f"--workdir={run}", f"--out={file}", f"--votes={votes}"])
+    exported = jax.export.deserialize(bytearray(file.read_bytes()))
+    assert exported.platforms == export_model.PLATFORMS
+    model = predictor.load(run)
+    model.config.tta.k = votes
+    images = np.random.default_rng(0).integers(0, 255, (3, 32, 32), np.uint8)
+    predict = make_predict_step(model.model, model.scale, model.config.tta)
+    live = jax.jit(predict)(model.variables, images[..., None])
+    for batch in (images, images[:1]):  # One file serves every batch size.
+        out = jax.jit(exported.call)(batch)
+        number = len(batch)
+        expected = np.asarray(live["probs"][:number, 0].argmax(-1))
+        if votes:
+            voted = rules.votes_for(live["probs"][:number], theta=0.45, k=votes)
+            expected = np.asarray(voted.labels)
+            np.testing.assert_array_equal(out["opposing"], voted.opposing)
+        for i, name in enumerate(model.class_names):
+            np.testing.assert_allclose(
+                out["probability"][name], live["probs"][:number, 0, i], atol=1e-5
+            )
+            np.testing.assert_allclose(
+                out["class_map"][name],
+                live["class_maps"][:number, ..., i],
+                atol=1e-5,
+                rtol=1e-5,
+            )
+            np.testing.assert_array_equal(out["label"][name], expected == i)
+
+
+def test_the_reader_needs_no_package_of_ours(run, tmp_path):
+    file, images = tmp_path / "model.bin", tmp_path / "images.npy"
+    export_model.main([f"--workdir={run}", f"--out={file}"])
+    np.save(images, np.zeros((2, 32, 32), np.uint8))
+    reader = Path(export_model.__file__).parent / "run_exported.py"
+    assert "cxai_jax" not in reader.read_text()
+    said = subprocess.run(
+        [sys.executable, reader, file, images],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert len(said) == 2 and said[0].startswith("0 ") and "COVID-19" in said[0]
+
+
+def test_a_workdir_without_a_run_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        export_model.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}"])
+    assert stopped.value.code == 2
+    assert "is not the workdir of a run" in capsys.readouterr().err

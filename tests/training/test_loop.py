@@ -1,0 +1,209 @@
+"""End to end on the phantom: train, kill, resume, score; golden metrics of one step."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from absl import logging as absl_logging
+
+from configs import demo
+from cxai_jax.scoring import evaluate
+from cxai_jax.training import loop
+
+absl_logging.set_verbosity(absl_logging.ERROR)
+
+
+def small(**changes):
+    config = demo.get_config("full")
+    config.data.image_size = 32
+    config.data.resize = 36
+    config.data.phantom_images = 80
+    config.train.batch_size = 16
+    config.train.epochs = 2.0
+    config.train.log_every_steps = 1
+    config.train.checkpoint_every_epochs = 1.0
+    config.eval.batch_size = 16
+    config.eval.bootstrap = 50
+    config.tta.k = 3
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def rows_of(workdir):
+    rows = [json.loads(r) for r in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, loop.train(small(), workdir)
+
+
+def test_a_run_leaves_everything(finished):
+    workdir, results = finished
+    assert (
+        json.loads((workdir / "results.json").read_text())["steps"] == results["steps"]
+    )
+    predictions = evaluate.load_predictions(workdir / "predictions_test.npz")
+    number = results["data"]["counts"]["test"]
+    assert predictions["probs"].shape == (number, 4, 2)
+    np.testing.assert_allclose(predictions["probs"].sum(-1), 1, atol=1e-5)
+    assert np.isfinite(results["metrics"]["all"]["accuracy"])
+    assert results["data"]["leakage"]["verdict"]
+    assert results["data"]["fingerprint"]
+    assert results["time"]["donated_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("per_image", "per_step", "residency", "warned"),
+    [
+        (3.0, 1.0, "host", True),
+        (1.0, 3.0, "host", False),  # The host runs ahead, then waits for the device.
+        (3.0, 1.0, "device", False),
+    ],
+)
+def test_a_host_bound_run_says_so(
+    monkeypatch, caplog, per_image, per_step, residency, warned
+):
+    config = small(**{"train.log_every_steps": 5, "train.checkpoint_every_epochs": 0.0})
+    now, device_free = [0.0], [0.0]
+
+    def advance(state):
+        now[0] += per_image
+        device_free[0] = max(device_free[0], now[0]) + per_step
+        return state, {}, per_image
+
+    def wait(pending):
+        now[0] = max(now[0], device_free[0])
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop.jax, "block_until_ready", wait)
+    monkeypatch.setattr(loop, "log", lambda *_: None)
+    checkpoints = SimpleNamespace(
+        preempted=lambda step: False, save=lambda *_: None, wait=lambda: None
+    )
+    run = SimpleNamespace(config=config, checkpoints=checkpoints, about=dict)
+    loop.loop(run, None, advance, None, 0, 20, 10, residency)
+    assert ("host-bound" in caplog.text) == warned
+
+
+def test_resume_is_exact_to_the_bit(finished, tmp_path):
+    workdir, whole = finished
+    middle = sorted(
+        int(p.name) for p in (workdir / "checkpoints/latest").iterdir() if p.is_dir()
+    )[0]
+    assert middle < whole["steps"]
+    # What a kill -9 after the first checkpoint leaves: config, log, that checkpoint.
+    (tmp_path / "checkpoints/latest").mkdir(parents=True)
+    source = workdir / f"checkpoints/latest/{middle}"
+    shutil.copytree(source, tmp_path / f"checkpoints/latest/{middle}")
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(workdir / name, tmp_path / name)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # The line it was writing.
+    again = loop.train(small(), tmp_path)
+    assert again["metrics"] == whole["metrics"]
+    assert rows_of(tmp_path) == rows_of(workdir)
+    first, second = (
+        evaluate.load_predictions(d / "predictions_test.npz")
+        for d in (workdir, tmp_path)
+    )
+    np.testing.assert_array_equal(first["logits"], second["logits"])
+
+
+def test_host_and_device_residency_give_the_same_run(finished, tmp_path):
+    workdir, whole = finished
+    config = small(**{"data.residency": "host", "train.epochs": 2.0})
+    results = loop.train(config, tmp_path)
+    for ours, theirs in zip(rows_of(tmp_path), rows_of(workdir), strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=2e-4)
+    assert results["time"]["residency"] == "host"
+
+
+def test_several_steps_per_call_change_nothing(finished, tmp_path):
+    workdir, _ = finished
+    number = len(rows_of(workdir))
+    config = small(**{"train.steps_per_call": 2})
+    loop.train(config, tmp_path)
+    paired = rows_of(tmp_path)
+    assert [row["step"] for row in paired] == list(range(2, number + 1, 2))
+    single = [row["loss"] for row in rows_of(workdir)]
+    means = np.reshape(single, (-1, 2)).mean(1)
+    np.testing.assert_allclose([row["loss"] for row in paired], means, rtol=2e-3)
+
+
+def test_a_damaged_checkpoint_falls_back(finished, tmp_path, capsys):
+    workdir, whole = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    folder = tmp_path / "run/checkpoints/latest"
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.is_dir())
+    for path in (folder / str(steps[-1])).rglob("*"):
+        if path.is_file() and "about" not in str(path):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    again = loop.train(small(), tmp_path / "run")
+    assert f"at step {steps[0]}" in capsys.readouterr().out
+    assert again["metrics"] == whole["metrics"]
+
+
+def test_eval_mode_reproduces_the_scores(finished, tmp_path):
+    workdir, whole = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    assert loop.score(small(), tmp_path / "run")["metrics"] == whole["metrics"]
+
+
+def test_best_on_validation_is_selected_without_the_test_split(tmp_path):
+    config = small(
+        **{"train.selection": "best_val", "train.eval_every_epochs": 1.0, "tta.k": 0}
+    )
+    results = loop.train(config, tmp_path)
+    scores = {row["step"]: row["val"]["accuracy"] for row in results["curve"]}
+    assert scores[results["selected"]["step"]] == max(scores.values())
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"mix.name": "snapmux"}, ["config.mix.name", "snapmux", "snapmix"]),
+        ({"data.name": "phantoms"}, ["phantoms", "phantom", "site_b"]),
+        ({"model.name": "resnet"}, ["resnet", "resnet50", "tiny"]),
+        ({"train.batch_size": 512}, ["config.train.batch_size=512", "lower it"]),
+        ({"data.fit": "train+valid"}, ["config.data.fit", "valid", "val"]),
+        ({"data.residency": "disk"}, ["config.data.residency", "device", "host"]),
+        ({"optim.schedule": "step"}, ["config.optim.schedule", "multistep"]),
+        ({"data.image_size": 64}, ["config.data.image_size=64", "config.data.resize"]),
+        (
+            {"train.selection": "best_val", "data.fit": "train+val"},
+            ["best_val", "train+val"],
+        ),
+    ],
+)
+def test_errors_name_the_field_and_the_remedy(tmp_path, changes, words):
+    with pytest.raises(ValueError) as error:
+        loop.train(small(**changes), tmp_path)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_workdir_of_another_config_is_refused(finished):
+    workdir, _ = finished
+    with pytest.raises(ValueError, match="config.optim.lr_fresh is 0.5 here and"):
+        loop.train(small(**{"optim.lr_fresh": 0.5}), workdir)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="config.cpe.normalize"):
+        loop.train(small(**{"optim.lr_fresh": 1e30, "tta.k": 0}), tmp_path)
+
+
+def test_eval_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        loop.score(small(), tmp_path)
+
+
+def test_devices_were_not_changed():
+    assert jax.device_count() == 1
