@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # Seeds weights, shuffling, augmentation and mixing.
+    config.method = "guided"  # Key of cxai_jax.methods.METHODS: the train step.
 
     config.model = model = ConfigDict()
     model.name = "resnet50"  # Key of cxai_jax.models.MODELS.
@@ -30,7 +31,8 @@ def get_config() -> ConfigDict:
     data.data_dir = "data"  # Where tools/prepare_data.py wrote its array_records.
     data.split = ""  # Split scheme; "" is the data set's honest default.
     data.fit = "train"  # Splits trained on: train | train+val.
-    data.test = "test"  # Split that is scored at the end.
+    data.target = ""  # Splits of unlabelled images, for methods that take them.
+    data.test = "test"  # Split scored at the end; of another data set: usps:test.
     data.image_size = 224  # Pixels, side of the network's input.
     data.resize = 256  # Pixels, short side before the random crop (D18).
     data.site_repeats = (1,)  # How often each site enters an epoch, e.g. (1, 4) (A21).

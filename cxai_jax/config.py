@@ -21,6 +21,8 @@ FREE_FIELDS = (
 )
 # Fields that older runs lack, and the value with which they behave as they did.
 ADDED_FIELDS = {
+    "method": "guided",
+    "data.target": "",
     "tta.prefix_reuse": "off",
     "model.projection": 0,
     "contrastive.weight": 0.0,
@@ -124,6 +126,9 @@ def read_config(workdir: Path) -> ConfigDict:
         )
     config = json.loads(path.read_text())
     for name, value in ADDED_FIELDS.items():
-        group, _, field = name.partition(".")
-        config.setdefault(group, {}).setdefault(field, value)
+        *groups, field = name.split(".")
+        place = config
+        for group in groups:
+            place = place.setdefault(group, {})
+        place.setdefault(field, value)
     return ConfigDict(config)

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
     images: Array  # uint8 [B, Hc, Wc, C], C = 1 or 3, top-left aligned on a canvas
     sizes: Array  # int32 [B, 2], valid rows and columns of each canvas
-    labels: Array  # int32 [B]
+    labels: Array | None  # int32 [B]; None in an unlabelled stream
     sites: Array  # int32 [B]
     valid: Array  # bool [B], False marks rows that only pad the last batch
     masks: Array | None = None  # uint8 [B, Hc, Wc, 1], lung is 255; None if unused

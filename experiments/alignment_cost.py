@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from configs import cxr
-from cxai_jax import models
+from cxai_jax import methods, models
 from cxai_jax.data.augment import Scale
-from cxai_jax.methods.guided import make_train_step
-from cxai_jax.methods.method import create_state
+from cxai_jax.methods.method import Network
 from cxai_jax.training.optimizer import make_optimizer
 from cxai_jax.training.results import versions
 from cxai_jax.types import Batch
@@ -79,12 +78,9 @@ def lowered_step(
     optimizer = make_optimizer(
         config.optim, 100, lambda params: jax.tree.map(lambda _: "fresh", params)
     )
-    step = make_train_step(
-        model,
-        optimizer,
-        config,
-        scale=Scale(*models.normalisation(model_name)),
-        total_steps=100,
+    scale = Scale(*models.normalisation(model_name))
+    method = methods.build(
+        config, Network(model, {}, scale), optimizer, total_steps=100
     )
 
     def arguments():
@@ -97,9 +93,9 @@ def lowered_step(
             sites=jnp.zeros(batch_size, jnp.int32),
             valid=jnp.ones(batch_size, bool),
         )
-        return create_state(variables, optimizer), batch, key
+        return method.init(key, variables), {"labelled": batch}, key
 
-    return jax.jit(step).lower(*jax.eval_shape(arguments))
+    return jax.jit(method.step).lower(*jax.eval_shape(arguments))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ from configs import demo
 from cxai_jax import data
 from cxai_jax.config import claim_workdir
 from cxai_jax.data import novelty
-from cxai_jax.methods.method import create_state
 from cxai_jax.training import run as runs
 from cxai_jax.training.checkpoint import Checkpoints
-from cxai_jax.training.optimizer import make_optimizer
 from cxai_jax.writer import write_json
 
 
@@ -31,8 +29,8 @@ def make_run(workdir: Path):
     claim_workdir(config, workdir)
     dataset = data.load(config.data)
     network = runs.build_network(config, 2)
-    optimizer = make_optimizer(config.optim, 1, runs.learning_rate_groups(config))
-    state = create_state(network.variables, optimizer)
+    method = runs.make_method(config, network, total_steps=1)
+    state = method.init(jax.random.key(0), network.variables)
     loud = jax.tree_util.tree_map_with_path(
         lambda path, x: 20 * x if "head" in str(path) else x,
         state.params,

@@ -20,11 +20,9 @@ from cxai_jax import models
 from cxai_jax.data import pipeline
 from cxai_jax.data.augment import Scale, normalise
 from cxai_jax.data.records import Records
-from cxai_jax.methods.guided import make_train_step
-from cxai_jax.methods.method import create_state, resident
+from cxai_jax.methods.method import Network, in_one_call
 from cxai_jax.training.compile import compile_step
-from cxai_jax.training.optimizer import make_optimizer
-from cxai_jax.training.run import build_network, learning_rate_groups
+from cxai_jax.training.run import Stream, build_network, make_method
 from cxai_jax.types import Array, Batch
 from cxai_jax.voting import rules
 from cxai_jax.voting.forward import (
@@ -131,6 +129,15 @@ def build(config, lowering: str = "auto") -> tuple:
     return model, variables, Scale(*models.normalisation(config.model.name))
 
 
+def begin(config, mesh, lowering: str = "auto") -> tuple:
+    """(method, state on the devices) of a config, with the weights of all variants."""
+    model, variables, scale = build(config, lowering)
+    groups = config.mix.groups or mesh.size
+    method = make_method(config, Network(model, variables, scale), TOTAL_STEPS, groups)
+    state = method.init(jax.random.key(0), variables)
+    return method, meshes.put_replicated(state, mesh)
+
+
 def compile_timed(function: Callable, *arguments, **jit_options) -> tuple:
     """jit, with tracing and compilation timed apart: (compiled, about)."""
     hits, begun = CacheHits.count, time.monotonic()
@@ -182,31 +189,23 @@ def step_program(
     fields = {**NO_AUGMENTATION, "data.image_size": size, **fields}
     config = make_config(**{"train.batch_size": batch, **fields})
     mesh = meshes.make_mesh(devices)
-    model, variables, scale = build(config, lowering)
-    optimizer = make_optimizer(config.optim, TOTAL_STEPS, learning_rate_groups(config))
-    state = meshes.put_replicated(create_state(variables, optimizer), mesh)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        config,
-        scale=scale,
-        total_steps=TOTAL_STEPS,
-        groups=config.mix.groups or devices,
-    )
-    many = resident(train_step)
+    method, state = begin(config, mesh, lowering)
+    steps = in_one_call(method.step)
     count = count or ROTATION * batch
     side = size if config.augment.crop == "none" else config.data.resize
     split = meshes.put_replicated(synthetic_split(count, side), mesh)
+    splits = {name: split for name in method.streams}
     blocks = row_blocks(count, batch, steps_per_call, mesh)
     key = meshes.put_replicated(jax.random.key_data(jax.random.key(0)), mesh)
 
-    def call(state, split, rows, key):
-        return many(state, split, rows, jax.random.wrap_key_data(key))
+    def call(state, splits, rows, key):
+        rows = {name: rows for name in splits}
+        return steps(state, splits, rows, {}, jax.random.wrap_key_data(key))
 
     compiled, about = compile_timed(
         call,
         state,
-        split,
+        splits,
         blocks[0],
         key,
         donate_argnums=0,
@@ -218,7 +217,7 @@ def step_program(
     def run(calls: int) -> float:
         nonlocal state, done
         for _ in range(calls):
-            state, metrics = compiled(state, split, blocks[done % len(blocks)], key)
+            state, metrics = compiled(state, splits, blocks[done % len(blocks)], key)
             done += 1
         # Reading them waits for everything before.
         about["gradient_norm"] = float(metrics["gradient_norm"][-1])
@@ -252,19 +251,10 @@ def epoch_program(residency: str, *, batch: int, count: int, **fields) -> Progra
     names = np.array([str(i) for i in range(count)])
     fit = Records(images, labels, np.zeros(count, np.int32), names, names)
     mesh = meshes.make_mesh()
-    model, variables, scale = build(config)
-    optimizer = make_optimizer(config.optim, TOTAL_STEPS, learning_rate_groups(config))
-    state = meshes.put_replicated(create_state(variables, optimizer), mesh)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        config,
-        scale=scale,
-        total_steps=TOTAL_STEPS,
-        groups=config.mix.groups or mesh.size,
-    )
-    stream = pipeline.row_stream(np.arange(count), batch, seed=0)
-    advance, about = compile_step(train_step, state, fit, stream, 0, config, mesh)
+    method, state = begin(config, mesh)
+    rows = pipeline.row_stream(np.arange(count), batch, seed=0)
+    streams = {name: Stream(fit, rows) for name in method.streams}
+    advance, about = compile_step(method.step, state, streams, 0, config, mesh)
 
     def run(calls: int) -> float:
         nonlocal state

@@ -15,10 +15,8 @@ from cxai_jax import mesh as meshes
 from cxai_jax.config import read_config
 from cxai_jax.data.augment import Scale
 from cxai_jax.inference.program_cache import Executables
-from cxai_jax.methods.method import create_state
 from cxai_jax.training.checkpoint import Checkpoints
-from cxai_jax.training.optimizer import make_optimizer
-from cxai_jax.training.run import build_network, learning_rate_groups
+from cxai_jax.training.run import build_network, make_method
 from cxai_jax.types import PyTree
 from cxai_jax.voting import rules
 from cxai_jax.voting.forward import (
@@ -61,10 +59,8 @@ def load(workdir: Path) -> Trained:
     fresh = config.copy_and_resolve_references()
     fresh.model.pretrained = ""
     network = build_network(fresh, len(data["class_names"]), abstract=True)
-    optimizer = make_optimizer(config.optim, 1, learning_rate_groups(config))
-    template = jax.eval_shape(
-        lambda variables: create_state(variables, optimizer), network.variables
-    )
+    method = make_method(config, network, total_steps=1)
+    template = jax.eval_shape(method.init, jax.random.key(0), network.variables)
     kind = "best" if config.train.selection == "best_val" else "latest"
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
     restored = checkpoints.restore(kind, template)
@@ -80,7 +76,7 @@ def load(workdir: Path) -> Trained:
         positive=data["class_names"].index(data["positive"]),
         model=network.model,
         scale=network.scale,
-        variables={"params": state.params, "batch_stats": state.batch_stats},
+        variables=method.scored(state),
         step=step,
     )
 

@@ -15,16 +15,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from cxai_jax.types import Array, Outputs
+from cxai_jax.types import Array, Mode, Outputs, PyTree
 
 
 class Explained(NamedTuple):
-    """A network in `explain` mode as three functions of arrays.
+    """A network as three functions of arrays.
 
-    Its batch statistics carry no gradient, so the gradient of a sum of scores is the
-    gradient of each image's own score, and its forward is the training forward, which
-    XLA therefore computes once.
+    In `explain` mode the batch statistics carry no gradient, so the gradient of a sum
+    of scores is the gradient of each image's own score, and its forward is the training
+    forward, which XLA therefore computes once.
     """
 
     lower: Callable[[Array], Array]  # images [B, H, W, C] -> A3 [B, 2h, 2w, D3]
@@ -36,6 +37,25 @@ class Explained(NamedTuple):
 
     def logits(self, images: Array) -> Array:
         return self.upper_head(self.lower(images))
+
+
+def stages(model: nn.Module, variables: PyTree, mode: Mode) -> Explained:
+    """The stages of a backbone as functions of arrays.
+
+    Args:
+      model: a backbone of `cxai_jax.models`.
+      variables: params and batch_stats.
+      mode: "explain" in training, "eval" for a trained network.
+    """
+
+    def stage(method):
+        return lambda x: model.apply(variables, x, mode, method=method)
+
+    return Explained(
+        lower=stage("lower"),
+        upper=stage("upper"),
+        head=lambda features: model.apply(variables, features, method="head"),
+    )
 
 
 def signed_maps(

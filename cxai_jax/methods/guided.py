@@ -1,4 +1,4 @@
-"""The train step and the predict step: pure functions, one XLA graph each.
+"""Explanation-guided training: class maps steer mixing, patches and alignment.
 
     augment -> clean forward (no gradient) -> class map of the true label
             -> mix(images, labels, maps) -> forward of the mixed batch
@@ -6,23 +6,78 @@
 
 The clean forward runs once and serves both SnapMix and CPE (the published step runs it
 twice); without mixing one forward serves everything. Randomness is
-`fold_in(key, step)`, so nothing random is ever saved.
+`fold_in(key, step)`, so nothing random is ever saved. Plain cross-entropy, MixUp,
+CutMix, SnapMix with and without each loss are rows of this one method.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from cxai_jax.data.augment import CROPS, Scale, augment, normalise
+from cxai_jax.data.augment import CROPS, Scale
 from cxai_jax.maps import saliency
 from cxai_jax.maps.cam import of_class, patch_relevance
-from cxai_jax.methods.method import TrainState
+from cxai_jax.methods import parts
+from cxai_jax.methods.method import (
+    Method,
+    Network,
+    TrainState,
+    create_state,
+    variables_of,
+)
 from cxai_jax.objectives import alignment, losses
-from cxai_jax.objectives.mixing import MIXES
-from cxai_jax.types import Array, Batch, PyTree
+from cxai_jax.objectives.mixing import MIXES, Mixed
+from cxai_jax.types import Array, Batch, Outputs, PyTree
+
+
+class Setting(NamedTuple):
+    """What stays the same over all steps of a run."""
+
+    config: object
+    model: nn.Module
+    scale: Scale
+    optimizer: optax.GradientTransformation
+    total_steps: int
+    groups: int
+
+
+class Seen(NamedTuple):
+    """What the loss terms of one batch may read."""
+
+    params: PyTree
+    logits: Array  # [B, K]
+    outputs: Outputs  # Of the training forward of the mixed images.
+    pair: Mixed
+    dominant: Array  # int32 [B], the label of the larger weight
+    clean_map: Array  # [B, h, w], class map of the images before mixing
+    maps: list  # The signed maps of config.align.maps; [] where no term reads them.
+    masks: Array | None  # Lungs, float32 [B, H, W] in 0..1
+
+
+def make(
+    config,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    *,
+    total_steps: int,
+    groups: int = 1,
+) -> Method:
+    """The method of a config; arguments as in `methods.build`."""
+    check_config(config)
+    setting = Setting(
+        config, network.model, network.scale, optimizer, total_steps, groups
+    )
+    return Method(
+        streams=("labelled",),
+        init=lambda _, variables: create_state(variables, optimizer),
+        step=functools.partial(train_step, setting),
+        scored=variables_of,
+    )
 
 
 def check_config(config) -> None:
@@ -43,254 +98,218 @@ def check_config(config) -> None:
         )
 
 
-def make_train_step(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    config,
-    *,
-    scale: Scale,
-    total_steps: int,
-    groups: int = 1,
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict]]:
-    """Builds `train_step(state, batch, key) -> (state, metrics)`.
-
-    Args:
-      model: a backbone of `cxai_jax.models`.
-      config: the whole run's config; read once, here.
-      scale: the backbone's input normalisation.
-      total_steps: optimiser steps of the run, for the alignment ramp.
-      groups: mixing partners are drawn inside `groups` equal runs of the batch.
-
-    Returns:
-      A pure function; the metrics are float32 scalars that stay on the device.
-    """
-    check_config(config)
-    mix, cpe, align = config.mix, config.cpe, config.align
-    contrastive = config.contrastive
-    mixed = mix.name != "none"
-    use_clean_maps = mix.name == "snapmix" or (
-        mixed and cpe.weight > 0 and cpe.cam_source == "clean"
+def train_step(
+    setting: Setting, state: TrainState, batches: dict[str, Batch], key: Array
+) -> tuple[TrainState, dict]:
+    """One step; the metrics are float32 scalars that stay on the device."""
+    gradient, batch_stats, metrics = parts.accumulated(
+        functools.partial(loss_and_gradient, setting, state.step),
+        state.params,
+        state.batch_stats,
+        batches["labelled"],
+        jax.random.fold_in(key, state.step),
+        setting.config.train.accumulate,
     )
-    use_alignment = align.weight > 0 or align.mask_weight > 0
-
-    def forward(params, batch_stats, images, mode):
-        variables = {"params": params, "batch_stats": batch_stats}
-        if mode != "train":
-            return model.apply(variables, images, mode), batch_stats
-        out, updated = model.apply(variables, images, mode, mutable=["batch_stats"])
-        return out, updated["batch_stats"]
-
-    def prepare(key, batch):
-        """Augmented, normalised images [B, H, W, 3 (+ 1 if there are masks)].
-
-        A mask travels as one more channel, so that every crop, flip and mix of the
-        image is its own too.
-        """
-        stack = [batch.images] if batch.masks is None else [batch.images, batch.masks]
-        images = augment(
-            key,
-            jnp.concatenate(stack, axis=-1),
-            batch.sizes,
-            size=config.data.image_size,
-            crop=config.augment.crop,
-            hflip=config.augment.hflip,
-            vflip=config.augment.vflip,
-        )
-        channels = batch.images.shape[-1]
-        masks = images[..., channels:].astype(jnp.float32) / 255
-        images = normalise(images[..., :channels], scale.mean, scale.std)
-        return jnp.concatenate([images, masks], axis=-1)
-
-    def loss_and_gradient(params, batch_stats, batch, key, step):
-        key_augment, key_mix = jax.random.split(key)
-        images = prepare(key_augment, batch)
-        clean_map = jnp.zeros((images.shape[0], 1, 1))  # Not read unless it is made.
-        if use_clean_maps:
-            (_, clean), batch_stats = jax.lax.stop_gradient(
-                forward(params, batch_stats, images[..., :3], config.cam.mode)
-            )
-            clean_map = of_class(clean.class_maps, batch.labels)
-        pair = MIXES[mix.name](
-            key_mix,
-            images,
-            batch.labels,
-            clean_map,
-            prob=mix.prob,
-            beta=mix.beta,
-            same_class=mix.same_class,
-            boxes=mix.boxes,
-            groups=groups,
-        )
-        dominant = jnp.where(
-            pair.weight_a >= pair.weight_b, pair.labels_a, pair.labels_b
-        )
-
-        inputs, masks = pair.images[..., :3], pair.images[..., 3:]
-
-        def loss_fn(params):
-            (logits, out), new_stats = forward(params, batch_stats, inputs, "train")
-            terms = {
-                "cross_entropy": losses.mixed_cross_entropy(
-                    logits, pair.labels_a, pair.labels_b, pair.weight_a, pair.weight_b
-                ).mean()
-            }
-            loss = terms["cross_entropy"]
-            if cpe.weight > 0:
-                ranked = of_class(out.class_maps, dominant)
-                if use_clean_maps and cpe.cam_source == "clean":
-                    ranked = clean_map
-                terms["cpe"] = losses.contrastive_patch_embedding(
-                    out.features,
-                    jax.lax.stop_gradient(patch_relevance(ranked)),
-                    num_patches=cpe.num_patches,
-                    normalize=cpe.normalize,
-                    temperature=cpe.temperature,
-                    negatives=cpe.negatives,
-                ).mean()
-                loss += cpe.weight * terms["cpe"]
-            if contrastive.weight > 0:
-                embeddings = model.apply(
-                    {"params": params}, out.features, method="project"
-                )
-                terms["contrastive"] = losses.supervised_nt_xent(
-                    embeddings, dominant, temperature=contrastive.temperature
-                ).mean()
-                loss += contrastive.weight * terms["contrastive"]
-            if use_alignment:
-                variables = {"params": params, "batch_stats": batch_stats}
-                value, extra = alignment_terms(
-                    align,
-                    explained(model, variables),
-                    inputs,
-                    out,
-                    dominant,
-                    masks[..., 0] if masks.shape[-1] else None,
-                )
-                terms |= extra
-                loss += alignment.ramp(step, total_steps, align.ramp) * value
-            terms["accuracy"] = (logits.argmax(-1) == dominant).mean()
-            return loss, (terms | {"loss": loss}, new_stats)
-
-        gradient, (metrics, new_stats) = jax.grad(loss_fn, has_aux=True)(params)
-        return gradient, new_stats, metrics
-
-    def train_step(state, batch, key):
-        key = jax.random.fold_in(key, state.step)
-        count = config.train.accumulate
-        if count == 1:
-            gradient, batch_stats, metrics = loss_and_gradient(
-                state.params, state.batch_stats, batch, key, state.step
-            )
-        else:
-
-            def micro_step(carry, given):
-                total, batch_stats = carry
-                rows, number = given
-                gradient, batch_stats, metrics = loss_and_gradient(
-                    state.params,
-                    batch_stats,
-                    rows,
-                    jax.random.fold_in(key, number),
-                    state.step,
-                )
-                return (jax.tree.map(jnp.add, total, gradient), batch_stats), metrics
-
-            zero = jax.tree.map(jnp.zeros_like, state.params)
-            (gradient, batch_stats), metrics = jax.lax.scan(
-                micro_step,
-                (zero, state.batch_stats),
-                (micro_batches(batch, count), jnp.arange(count)),
-            )
-            gradient = jax.tree.map(lambda g: g / count, gradient)
-            metrics = jax.tree.map(jnp.mean, metrics)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        metrics["gradient_norm"] = norm(gradient)
-        state = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-        )
-        return state, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
-
-    return train_step
+    metrics["gradient_norm"] = parts.norm(gradient)
+    state = parts.update(state, setting.optimizer, gradient, batch_stats)
+    return state, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
 
 
-def explained(model: nn.Module, variables: PyTree) -> saliency.Explained:
-    """The model's stages in `explain` mode, as functions of arrays."""
+def loss_and_gradient(
+    setting: Setting,
+    step: Array,
+    params: PyTree,
+    batch_stats: PyTree,
+    batch: Batch,
+    key: Array,
+) -> tuple[PyTree, PyTree, dict]:
+    """(gradient, running statistics, metrics) of one batch."""
+    key_augment, key_mix = jax.random.split(key)
+    images = parts.prepare(key_augment, batch, setting.config, setting.scale)
+    clean_map, batch_stats = clean_maps(
+        setting, params, batch_stats, images[..., :3], batch.labels
+    )
+    pair = mixed(setting, key_mix, images, batch.labels, clean_map)
 
-    def stage(method):
-        return lambda x: model.apply(variables, x, "explain", method=method)
+    def loss_fn(params):
+        seen, new_stats = see(setting, params, batch_stats, pair, clean_map)
+        loss, metrics = total_loss(setting, seen, step)
+        return loss, (metrics, new_stats)
 
-    return saliency.Explained(
-        lower=stage("lower"),
-        upper=stage("upper"),
-        head=lambda features: model.apply(variables, features, method="head"),
+    gradient, (metrics, new_stats) = jax.grad(loss_fn, has_aux=True)(params)
+    return gradient, new_stats, metrics
+
+
+def reads_clean_maps(config) -> bool:
+    """Whether the mix or CPE reads the class maps of the images before mixing."""
+    mix, cpe = config.mix.name, config.cpe
+    return mix == "snapmix" or (
+        mix != "none" and cpe.weight > 0 and cpe.cam_source == "clean"
     )
 
 
-def alignment_terms(align, network, images, outputs, labels, masks):
-    """Weighted alignment and mask terms of one batch, without the ramp.
+def clean_maps(
+    setting: Setting, params: PyTree, batch_stats: PyTree, images: Array, labels: Array
+) -> tuple[Array, PyTree]:
+    """Class map [B, h, w] of each true label, and the statistics after the pass (A5).
 
-    Args:
-      align: `config.align`.
-      network: the stages in `explain` mode.
-      images: normalised images [B, H, W, 3].
-      outputs: of the training forward of these images.
-      labels: class to explain, int [B].
-      masks: float32 [B, H, W] in 0..1, or None.
-
-    Returns:
-      (scalar, metrics).
+    [B, 1, 1] zeros and no pass where nothing reads them.
     """
-    maps = saliency.signed_maps(
-        align.maps,
-        network,
+    if not reads_clean_maps(setting.config):
+        return jnp.zeros((images.shape[0], 1, 1)), batch_stats
+    (_, clean), batch_stats = jax.lax.stop_gradient(
+        parts.forward(
+            setting.model, params, batch_stats, images, setting.config.cam.mode
+        )
+    )
+    return of_class(clean.class_maps, labels), batch_stats
+
+
+def mixed(
+    setting: Setting, key: Array, images: Array, labels: Array, clean_map: Array
+) -> Mixed:
+    """The batch after `config.mix`."""
+    mix = setting.config.mix
+    return MIXES[mix.name](
+        key,
         images,
-        outputs,
         labels,
-        target=align.target,
-        form=align.form,
-        alpha_grad=align.alpha_grad,
-        input_grad_fraction=align.input_grad_fraction,
+        clean_map,
+        prob=mix.prob,
+        beta=mix.beta,
+        same_class=mix.same_class,
+        boxes=mix.boxes,
+        groups=setting.groups,
     )
-    shape = {
-        "grid": outputs.class_maps.shape[1],
-        "rectify": align.rectify,
-        "eta": align.eta,
-    }
-    total, terms = 0.0, {}
-    if align.weight > 0:
-        terms["align"] = alignment.subbatch_alignment(
-            maps, distance=align.distance, **shape
-        ).mean()
-        total += align.weight * terms["align"]
-    if align.mask_weight > 0:
-        covered = [z for z in maps if z.shape[0] == masks.shape[0]]
-        terms["outside_mask"] = alignment.energy_outside(
-            covered, masks, dilate=align.mask_dilate, **shape
-        ).mean()
-        total += align.mask_weight * terms["outside_mask"]
-    for name, z in zip(align.maps, maps, strict=True):  # The collapse alarm.
-        p = alignment.spatial_distribution(z, **shape)
-        terms[f"entropy/{name}"] = alignment.normalised_entropy(p).mean()
-        terms[f"empty/{name}"] = alignment.empty_fraction(z)
-    return total, jax.lax.stop_gradient(terms)
 
 
-def norm(tree: PyTree) -> Array:
-    """L2 norm over all leaves, float32 scalar."""
-    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))
+def see(
+    setting: Setting,
+    params: PyTree,
+    batch_stats: PyTree,
+    pair: Mixed,
+    clean_map: Array,
+) -> tuple[Seen, PyTree]:
+    """The training forward of the mixed images, and what the loss terms read of it."""
+    config, model = setting.config, setting.model
+    images, masks = pair.images[..., :3], pair.images[..., 3:]
+    (logits, outputs), new_stats = parts.forward(
+        model, params, batch_stats, images, "train"
+    )
+    dominant = jnp.where(pair.weight_a >= pair.weight_b, pair.labels_a, pair.labels_b)
+    maps, align = [], config.align
+    if align.weight > 0 or align.mask_weight > 0:
+        variables = {"params": params, "batch_stats": batch_stats}
+        maps = saliency.signed_maps(
+            align.maps,
+            saliency.stages(model, variables, "explain"),
+            images,
+            outputs,
+            dominant,
+            target=align.target,
+            form=align.form,
+            alpha_grad=align.alpha_grad,
+            input_grad_fraction=align.input_grad_fraction,
+        )
+    lungs = masks[..., 0] if masks.shape[-1] else None
+    seen = Seen(params, logits, outputs, pair, dominant, clean_map, maps, lungs)
+    return seen, new_stats
 
 
-def micro_batches(batch: Batch, count: int) -> Batch:
-    """[B, ...] -> [count, B/count, ...]; every device keeps its own rows.
+def loss_terms(config) -> list[tuple[str, float, float, Callable]]:
+    """(name, weight, ramp, term): what the loss is the sum of.
 
-    Micro-batch a takes the rows a, a + count, ...: consecutive rows would sit on one
-    device and the others would idle or fetch them.
+    A term is a function of (setting, seen) that gives one value per image, or one for
+    the batch. Its weight grows from 0 over the share `ramp` of all steps. A term of
+    weight 0 is not in the list and costs nothing.
     """
+    align = config.align
+    terms = [
+        ("cross_entropy", 1.0, 0.0, cross_entropy),
+        ("cpe", config.cpe.weight, 0.0, patch_contrast),
+        ("contrastive", config.contrastive.weight, 0.0, image_contrast),
+        ("align", align.weight, align.ramp, disagreement),
+        ("outside_mask", align.mask_weight, align.ramp, outside_mask),
+    ]
+    return [term for term in terms if term[1] > 0]
 
-    def split(x):
-        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
-    return jax.tree.map(split, batch)
+def total_loss(setting: Setting, seen: Seen, step: Array) -> tuple[Array, dict]:
+    """The weighted sum of the terms, and the metrics of the batch."""
+    loss, metrics = 0.0, {}
+    for name, weight, ramp, term in loss_terms(setting.config):
+        metrics[name] = term(setting, seen).mean()
+        if ramp:
+            weight *= alignment.ramp(step, setting.total_steps, ramp)
+        loss += weight * metrics[name]
+    metrics |= collapse_alarm(setting, seen)
+    metrics["accuracy"] = (seen.logits.argmax(-1) == seen.dominant).mean()
+    return loss, metrics | {"loss": loss}
+
+
+def cross_entropy(setting: Setting, seen: Seen) -> Array:
+    """Of both labels by their weights (Huang et al. 2021), [B]."""
+    pair = seen.pair
+    return losses.mixed_cross_entropy(
+        seen.logits, pair.labels_a, pair.labels_b, pair.weight_a, pair.weight_b
+    )
+
+
+def patch_contrast(setting: Setting, seen: Seen) -> Array:
+    """Contrastive patch embedding (Ali et al., Eq. 1), [B]; cells ranked as in A4."""
+    cpe = setting.config.cpe
+    ranked = of_class(seen.outputs.class_maps, seen.dominant)
+    if cpe.cam_source == "clean" and reads_clean_maps(setting.config):
+        ranked = seen.clean_map
+    return losses.contrastive_patch_embedding(
+        seen.outputs.features,
+        jax.lax.stop_gradient(patch_relevance(ranked)),
+        num_patches=cpe.num_patches,
+        normalize=cpe.normalize,
+        temperature=cpe.temperature,
+        negatives=cpe.negatives,
+    )
+
+
+def image_contrast(setting: Setting, seen: Seen) -> Array:
+    """Supervised NT-Xent between the images of the batch, on their projection (A16)."""
+    embeddings = setting.model.apply(
+        {"params": seen.params}, seen.outputs.features, method="project"
+    )
+    temperature = setting.config.contrastive.temperature
+    return losses.supervised_nt_xent(embeddings, seen.dominant, temperature=temperature)
+
+
+def disagreement(setting: Setting, seen: Seen) -> Array:
+    """How far the saliency maps of an image are from pointing at one place, [B]."""
+    align = setting.config.align
+    return alignment.subbatch_alignment(
+        seen.maps, distance=align.distance, **map_shape(setting, seen)
+    )
+
+
+def outside_mask(setting: Setting, seen: Seen) -> Array:
+    """Share of the maps' energy outside the lungs, [B]."""
+    covered = [z for z in seen.maps if z.shape[0] == seen.masks.shape[0]]
+    dilate = setting.config.align.mask_dilate
+    return alignment.energy_outside(
+        covered, seen.masks, dilate=dilate, **map_shape(setting, seen)
+    )
+
+
+def map_shape(setting: Setting, seen: Seen) -> dict:
+    """How a signed map becomes a distribution over the cells of the class map."""
+    grid = seen.outputs.class_maps.shape[1]
+    align = setting.config.align
+    return {"grid": grid, "rectify": align.rectify, "eta": align.eta}
+
+
+def collapse_alarm(setting: Setting, seen: Seen) -> dict:
+    """Entropy and share of empty maps: flat maps agree without meaning anything."""
+    metrics = {}
+    names = setting.config.align.maps if seen.maps else ()
+    for name, z in zip(names, seen.maps, strict=True):
+        p = alignment.spatial_distribution(z, **map_shape(setting, seen))
+        metrics[f"entropy/{name}"] = alignment.normalised_entropy(p).mean()
+        metrics[f"empty/{name}"] = alignment.empty_fraction(z)
+    return jax.lax.stop_gradient(metrics)

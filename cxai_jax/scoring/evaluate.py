@@ -15,8 +15,8 @@ from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
 from cxai_jax.data.augment import Scale
 from cxai_jax.data.records import Dataset, Records
-from cxai_jax.methods.method import TrainState
 from cxai_jax.scoring import metrics
+from cxai_jax.types import PyTree
 from cxai_jax.voting import rules
 from cxai_jax.voting.forward import make_predict_step
 
@@ -34,8 +34,12 @@ class Evaluator:
             out_shardings=meshes.replicated(mesh),
         )
 
-    def predict(self, state: TrainState, records: Records) -> dict:
+    def predict(self, variables: PyTree, records: Records) -> dict:
         """Predictions of a split as NumPy arrays, one row per image, in order.
+
+        Args:
+          variables: params and batch_stats.
+          records: the split.
 
         Returns:
           names, patients str [N]; labels, sites int32 [N]; logits float32 [N, K];
@@ -46,7 +50,6 @@ class Evaluator:
         fit = pipeline.fit_for_scoring(config)
         channels = records.images[0].shape[-1]
         canvas = (config.data.image_size, config.data.image_size, channels)
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
         parts = []
         for batch, rows in pipeline.scoring_batches(
             records, fit, canvas, config.eval.batch_size, self.mesh
@@ -162,3 +165,8 @@ def voted(predictions: dict, config, scored) -> dict:
         for i in np.flatnonzero(before != after)
     ]
     return {"voted": scored(np.eye(probs.shape[2])[after]), "flips": flips}
+
+
+def predictions_file(workdir: Path, split: str) -> Path:
+    """Where a run keeps the predictions of a split, e.g. "test" or "usps:test"."""
+    return workdir / f"predictions_{split.replace(':', '_')}.npz"

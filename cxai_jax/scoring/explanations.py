@@ -51,14 +51,10 @@ def explain_batch(
       the areas under the curves of the CAM [B].
     """
 
-    def stage(method):
-        return lambda x: model.apply(variables, x, "eval", method=method)
-
-    lower = stage("lower")
-    network = saliency.Explained(
-        lower=lambda gray: lower(normalise(gray, scale.mean, scale.std)),
-        upper=stage("upper"),
-        head=lambda features: model.apply(variables, features, method="head"),
+    network = saliency.stages(model, variables, "eval")
+    lower = network.lower
+    network = network._replace(
+        lower=lambda gray: lower(normalise(gray, scale.mean, scale.std))
     )
 
     def probabilities(gray):

@@ -15,17 +15,15 @@ import numpy as np
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.data.records import Dataset, Records
-from cxai_jax.methods.guided import make_train_step
-from cxai_jax.methods.method import create_state
 from cxai_jax.report import figures
 from cxai_jax.training import preview
 from cxai_jax.training.compile import compile_run
-from cxai_jax.training.optimizer import make_optimizer
 from cxai_jax.training.results import versions
 from cxai_jax.training.run import (
     Run,
     fit_records,
-    learning_rate_groups,
+    initial_state,
+    make_method,
     make_plan,
     open_run,
 )
@@ -49,7 +47,7 @@ def check(config, workdir: Path) -> str:
     claim_workdir(config, workdir, write=False)
     lines = list(environment())
     run = open_run(config, workdir)
-    fit = fit_records(run.dataset, config.data.fit)
+    fit = fit_records(run.sources, config.data.fit)
     lines += describe_data(run.dataset)
     picture = workdir / "check.png"
     picture.write_bytes(figures.encode(montage(config, run.dataset, fit), "PNG"))
@@ -146,7 +144,8 @@ def overfit(run: Run, fit: Records) -> Iterator[str]:
     """Five steps of plain cross-entropy on one batch that does not change."""
     config = run.config.copy_and_resolve_references()
     config.unlock()
-    config.mix.name, config.cpe.weight = "none", 0.0
+    config.method, config.mix.name, config.cpe.weight = "guided", "none", 0.0
+    config.contrastive.weight = 0.0
     config.align.weight = config.align.mask_weight = 0.0
     config.augment.crop = "none"
     config.augment.hflip = config.augment.vflip = False
@@ -157,27 +156,15 @@ def overfit(run: Run, fit: Records) -> Iterator[str]:
     if len(rows) % run.mesh.size:
         yield f"! overfit  left out: {len(fit)} images for {run.mesh.size} devices"
         return
-    optimizer = make_optimizer(
-        config.optim, OVERFIT_STEPS, learning_rate_groups(config)
-    )
-    step = jax.jit(
-        make_train_step(
-            run.network.model,
-            optimizer,
-            config,
-            scale=run.network.scale,
-            total_steps=OVERFIT_STEPS,
-        )
-    )
+    method = make_method(config, run.network, OVERFIT_STEPS)
     images, sizes = preview.sources(config, fit, rows)
     labels, sites = (np.asarray(x[rows], np.int32) for x in (fit.labels, fit.sites))
     batch = Batch(images, sizes, labels, sites, np.ones(len(rows), bool))
-    batch = meshes.put_rows(batch, run.mesh)
-    state = create_state(run.network.variables, optimizer)
-    state = meshes.put_replicated(state, run.mesh)
+    batches = {"labelled": meshes.put_rows(batch, run.mesh)}
+    state, step = initial_state(run, method), jax.jit(method.step)
     found = []
     for _ in range(OVERFIT_STEPS):
-        state, metrics = step(state, batch, jax.random.key(config.seed))
+        state, metrics = step(state, batches, jax.random.key(config.seed))
         found.append(float(metrics["loss"]))
     falls = found[-1] < found[0]
     yield (
@@ -191,8 +178,7 @@ def overfit(run: Run, fit: Records) -> Iterator[str]:
 def cost(run: Run) -> Iterator[str]:
     """Compiles the run's own step, times it and extrapolates."""
     config, plan = run.config, make_plan(run)
-    state = create_state(run.network.variables, plan.optimizer)
-    state = meshes.put_replicated(state, run.mesh)
+    state = initial_state(run, plan.method)
     advance, about = compile_run(run, plan, state, 0)
     state, metrics, _ = advance(state)
     jax.block_until_ready(metrics)
@@ -201,7 +187,7 @@ def cost(run: Run) -> Iterator[str]:
         state, metrics, _ = advance(state)
     loss = float(np.mean(metrics["loss"]))  # Waits for the last step.
     per_step = (time.monotonic() - begun) / (TIMED_CALLS * config.train.steps_per_call)
-    test, variants = run.dataset.splits[config.data.test], config.tta.k + 1
+    test, variants = run.test, config.tta.k + 1
     terms = " ".join(f"{n} {np.mean(v):.3g}" for n, v in sorted(metrics.items()))
     yield ("" if np.isfinite(loss) else "! ") + f"step       {terms}"
     yield (

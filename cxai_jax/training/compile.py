@@ -7,28 +7,28 @@ from jax.sharding import Mesh
 
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
-from cxai_jax.methods.guided import make_train_step
-from cxai_jax.methods.method import TrainState, resident
+from cxai_jax.methods.method import in_one_call
 from cxai_jax.training.run import Plan, Run
+from cxai_jax.types import Batch
 
 
-def compile_run(run: Run, plan: Plan, state: TrainState, step: int):
+def compile_run(run: Run, plan: Plan, state, step: int):
     """`compile_step` of a run's own step, to go on from `step`."""
-    train_step = make_train_step(
-        run.network.model,
-        plan.optimizer,
-        run.config,
-        scale=run.network.scale,
-        total_steps=plan.total_steps,
-        groups=run.config.mix.groups or run.mesh.size,
-    )
     return compile_step(
-        train_step, state, plan.fit, plan.stream, step, run.config, run.mesh
+        plan.method.step, state, plan.streams, step, run.config, run.mesh
     )
 
 
-def compile_step(train_step, state, fit, stream, step, config, mesh: Mesh):
-    """Compiles the step for where the images live.
+def compile_step(train_step, state, streams, step: int, config, mesh: Mesh):
+    """Compiles the step for where the images of each stream live.
+
+    Args:
+      train_step: of a `Method`.
+      state: of the same.
+      streams: {name: Stream}, those that the step takes.
+      step: the first one to be run.
+      config: the run's config.
+      mesh: the devices.
 
     Returns:
       (advance, about): `advance(state) -> (state, metrics, seconds waited for data)`
@@ -38,41 +38,18 @@ def compile_step(train_step, state, fit, stream, step, config, mesh: Mesh):
       ValueError: if the step needs more memory than the device has.
     """
     key = meshes.put_replicated(jax.random.key_data(jax.random.key(config.seed)), mesh)
-    transform = pipeline.fit_for_training(config)
-    with_masks = config.align.mask_weight > 0
-    budget = pipeline.device_budget(config.data.residency)
-    canvas, split = pipeline.decode_all(fit, transform, budget, with_masks)
-    if split is None:
-        if config.train.steps_per_call != 1:
-            raise ValueError(
-                f"config.train.steps_per_call={config.train.steps_per_call} needs "
-                "config.data.residency=device; set it to 1"
-            )
-        batches = pipeline.host_batches(
-            fit, stream, step, transform, canvas, with_masks, mesh
-        )
-        inputs = ((batch,) for batch in batches)
+    splits, inputs = feed(streams, step, config, mesh)
+    steps = in_one_call(train_step)
 
-        def call(state, batch, key):
-            return train_step(state, batch, jax.random.wrap_key_data(key))
-
-    else:
-        split = meshes.put_replicated(split, mesh)
-        rows = pipeline.row_blocks(
-            stream, step, config.train.steps_per_call, config.train.batch_size, mesh
-        )
-        inputs = ((split, block) for block in rows)
-        many = resident(train_step)
-
-        def call(state, split, rows, key):
-            return many(state, split, rows, jax.random.wrap_key_data(key))
+    def call(state, splits, rows, fed, key):
+        return steps(state, splits, rows, fed, jax.random.wrap_key_data(key))
 
     first = next(inputs)
     # Donated: the new state takes the old one's memory. The output shardings are
     # fixed, so that the second call receives what the first was compiled for.
     jitted = jax.jit(call, donate_argnums=0, out_shardings=meshes.replicated(mesh))
     begun = time.monotonic()
-    lowered = jitted.lower(state, *first, key)
+    lowered = jitted.lower(state, splits, *first, key)
     traced = time.monotonic()
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
@@ -84,17 +61,64 @@ def compile_step(train_step, state, fit, stream, step, config, mesh: Mesh):
         "step_temp_bytes": getattr(memory, "temp_size_in_bytes", None),
         "argument_bytes": getattr(memory, "argument_size_in_bytes", None),
         "donated_bytes": getattr(memory, "alias_size_in_bytes", None),
-        "residency": "host" if split is None else "device",
+        "residency": "device" if len(splits) == len(streams) else "host",
     }
     queue = [first]
 
     def advance(state):
         begun = time.monotonic()
-        arguments = queue.pop() if queue else next(inputs)
+        rows, fed = queue.pop() if queue else next(inputs)
         waited = time.monotonic() - begun
-        return *compiled(state, *arguments, key), waited
+        return *compiled(state, splits, rows, fed, key), waited
 
     return advance, about
+
+
+def feed(streams, step: int, config, mesh: Mesh):
+    """Puts each stream where it fits.
+
+    Returns:
+      (splits, inputs): the splits that lie on the devices, {name: Batch [N, ...]}, and
+      an iterator over calls: ({name: row numbers [S, B]} of these, {name: Batch} of
+      the streams that the host feeds).
+
+    Raises:
+      ValueError: if several steps a call are wanted of a stream that the host feeds.
+    """
+    transform = pipeline.fit_for_training(config)
+    per_call, size = config.train.steps_per_call, config.train.batch_size
+    budget = pipeline.device_budget(config.data.residency)
+    splits, rows, fed = {}, {}, {}
+    for name, stream in streams.items():
+        masks = stream.labelled and config.align.mask_weight > 0
+        records = stream.records
+        canvas, split = pipeline.decode_all(records, transform, budget, masks)
+        if split is None and per_call != 1:
+            raise ValueError(
+                f"config.train.steps_per_call={per_call} needs "
+                "config.data.residency=device; set it to 1"
+            )
+        if split is None:
+            batches = pipeline.host_batches(
+                records, stream.rows, step, transform, canvas, masks, mesh
+            )
+            fed[name] = batches if stream.labelled else map(unlabelled, batches)
+        else:
+            budget -= split.images.nbytes
+            split = split if stream.labelled else unlabelled(split)
+            splits[name] = meshes.put_replicated(split, mesh)
+            rows[name] = pipeline.row_blocks(stream.rows, step, per_call, size, mesh)
+
+    def calls():
+        while True:
+            yield tuple({n: next(of[n]) for n in of} for of in (rows, fed))
+
+    return splits, calls()
+
+
+def unlabelled(batch: Batch) -> Batch:
+    """The batch without its labels, so that no step can read them."""
+    return batch._replace(labels=None)
 
 
 def check_memory(memory, batch_size: int, limit: int | None = None) -> None:

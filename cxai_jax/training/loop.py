@@ -16,22 +16,20 @@ import numpy as np
 from cxai_jax import host
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
-from cxai_jax.data import novelty
-from cxai_jax.methods.method import create_state
-from cxai_jax.report.pages import run_report
-from cxai_jax.scoring import evaluate, explanations
+from cxai_jax.methods.method import Method
+from cxai_jax.scoring import evaluate
 from cxai_jax.training import preview
 from cxai_jax.training.compile import compile_run
-from cxai_jax.training.optimizer import make_optimizer
-from cxai_jax.training.results import conclude, warn_below_chance
+from cxai_jax.training.results import conclude
 from cxai_jax.training.run import (
+    Plan,
     Run,
-    fit_records,
-    learning_rate_groups,
+    initial_state,
+    make_method,
     make_plan,
     open_run,
 )
-from cxai_jax.writer import Timer, Writer, clock, read_log, write_json
+from cxai_jax.writer import Timer, Writer, clock
 
 
 def train(config, workdir: Path) -> dict:
@@ -49,54 +47,50 @@ def train(config, workdir: Path) -> dict:
       ValueError: for a config that does not fit the data, the devices or the workdir.
       FloatingPointError: if the loss stops being finite; the last checkpoint stays.
     """
-    started = time.monotonic()
     claim_workdir(config, workdir, write=jax.process_index() == 0)
     run = open_run(config, workdir)
     plan = make_plan(run)
-    state = create_state(run.network.variables, plan.optimizer)
+    state = initial_state(run, plan.method)
     step, restored = 0, run.checkpoints.restore("latest", state)
     if restored:
         state, step, about = restored
+        state = meshes.put_replicated(state, run.mesh)
         run.curve = about["curve"]
-    state = meshes.put_replicated(state, run.mesh)
     writer = Writer(workdir, start_step=step, active=jax.process_index() == 0)
-    total_steps, steps_per_epoch = plan.total_steps, plan.steps_per_epoch
     if restored:
-        writer.say(f"continuing {workdir} at step {step} of {total_steps}")
+        writer.say(f"continuing {workdir} at step {step} of {plan.total_steps}")
     compiled = {}
-    if step < total_steps:
+    if step < plan.total_steps:
         advance, compiled = compile_run(run, plan, state, step)
-        if jax.default_backend() == "cpu":
-            host.limit(compiled["step_temp_bytes"] or 0)
-        writer.say(
-            f"compiled in {compiled['compile_s']:.1f} s; {len(plan.fit)} images, "
-            f"{steps_per_epoch} steps per epoch, {total_steps} steps, images on the "
-            f"{compiled['residency']}"
-        )
-        if writer.shows_images:
-            fed = preview.training_sheet(config, plan.fit)
-            writer.image(step, "training_images", fed)
-        state = loop(
-            run,
-            writer,
-            advance,
-            state,
-            step,
-            total_steps,
-            steps_per_epoch,
-            compiled["residency"],
-        )
+        announce(run, plan, writer, compiled, step)
+        state = loop(run, plan, writer, advance, state, step, compiled["residency"])
     run.checkpoints.wait()
-    results = conclude(run, state)
-    results["time"] = {**compiled, "total_s": time.monotonic() - started}
-    results["steps"] = total_steps
-    finish(run, writer, results)
+    steps = plan.total_steps
+    results = conclude(run, plan.method, state, steps=steps, compiled=compiled)
+    writer.close()
     return results
 
 
-def loop(run, writer, advance, state, step, total_steps, steps_per_epoch, residency):
-    """Advances `state` to `total_steps`; logs, scores and saves when due."""
-    config = run.config.train
+def announce(run: Run, plan: Plan, writer: Writer, compiled: dict, step: int) -> None:
+    """Says what was compiled and what will be trained on."""
+    if jax.default_backend() == "cpu":
+        host.limit(compiled["step_temp_bytes"] or 0)
+    images = " + ".join(str(len(s.records)) for s in plan.streams.values())
+    writer.say(
+        f"compiled in {compiled['compile_s']:.1f} s; {images} images, "
+        f"{plan.steps_per_epoch} steps per epoch, {plan.total_steps} steps, images on "
+        f"the {compiled['residency']}"
+    )
+    if writer.shows_images:
+        first = next(iter(plan.streams.values()))
+        sheet = preview.training_sheet(run.config, first.records)
+        writer.image(step, "training_images", sheet)
+
+
+def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str):
+    """Advances `state` to the plan's last step; logs, scores and saves when due."""
+    config, total_steps = run.config.train, plan.total_steps
+    steps_per_epoch = plan.steps_per_epoch
     periods = {
         "log": max(1, config.log_every_steps),
         "score": round(config.eval_every_epochs * steps_per_epoch),
@@ -123,7 +117,7 @@ def loop(run, writer, advance, state, step, total_steps, steps_per_epoch, reside
                 log(writer, timer, pending, step, total_steps, steps_per_epoch)
                 pending = []
             if due["score"] and (periods["score"] or config.selection == "best_val"):
-                score_curve(run, writer, state, step)
+                score_curve(run, plan.method, writer, state, step)
             asked = run.checkpoints.preempted(step) or stop.asked
             if due["save"] or asked:
                 run.checkpoints.save("latest", step, state, run.about())
@@ -144,21 +138,24 @@ def loop(run, writer, advance, state, step, total_steps, steps_per_epoch, reside
     return state
 
 
-def score_curve(run: Run, writer: Writer, state, step: int) -> None:
+def score_curve(run: Run, method: Method, writer: Writer, state, step: int) -> None:
     """Adds a row to the learning curve and keeps the best on validation.
 
     The test split is drawn in the curve and never selects.
     """
     row = {"step": step}
-    for split in ("val", run.config.data.test):
-        if split in run.dataset.splits and split not in run.config.data.fit.split("+"):
-            records = run.dataset.splits[split]
-            predictions = run.evaluator.predict(state, records)
-            if writer.shows_images:
-                maps = preview.class_map_sheet(predictions, records)
-                writer.image(step, f"{split}_class_maps", maps)
-            row[split] = evaluate.quick_score(predictions, run.dataset.positive)
-            writer.scalars(step, {f"{split}_{n}": v for n, v in row[split].items()})
+    splits = {"val": run.validation}
+    if run.config.data.test not in run.config.data.fit.split("+"):
+        splits[run.config.data.test] = run.test
+    for split, records in splits.items():
+        if records is None:
+            continue
+        predictions = run.evaluator.predict(method.scored(state), records)
+        if writer.shows_images:
+            maps = preview.class_map_sheet(predictions, records)
+            writer.image(step, f"{split}_class_maps", maps)
+        row[split] = evaluate.quick_score(predictions, run.dataset.positive)
+        writer.scalars(step, {f"{split}_{n}": v for n, v in row[split].items()})
     if "val" in row:
         earlier = [other["val"]["accuracy"] for other in run.curve if "val" in other]
         if row["val"]["accuracy"] > max(earlier, default=-1.0):
@@ -173,42 +170,16 @@ def score(config, workdir: Path) -> dict:
       FileNotFoundError: if the workdir holds no checkpoint.
     """
     run = open_run(config, workdir)
-    optimizer = make_optimizer(config.optim, 1, learning_rate_groups(config))
-    state = create_state(run.network.variables, optimizer)
-    restored = run.checkpoints.restore("latest", state)
+    method = make_method(config, run.network, total_steps=1)
+    restored = run.checkpoints.restore("latest", initial_state(run, method))
     if restored is None:
         raise FileNotFoundError(
             f"{workdir}/checkpoints holds no checkpoint; train first with --mode=train"
         )
     state, step, about = restored
     run.curve = about["curve"]
-    results = conclude(run, meshes.put_replicated(state, run.mesh))
-    results["steps"] = step
-    finish(run, None, results)
-    return results
-
-
-def finish(run: Run, writer: Writer | None, results: dict) -> None:
-    """Writes results.json, report.html and what `predict` needs; closes the files."""
-    if jax.process_index() == 0:
-        config, split = run.config, run.config.data.test
-        warn_below_chance(results["metrics"]["all"])
-        write_json(run.workdir / "results.json", results)
-        fit = fit_records(run.dataset, config.data.fit)
-        write_json(run.workdir / novelty.FILE, novelty.describe(fit))
-        page = run_report(
-            results,
-            evaluate.load_predictions(run.workdir / f"predictions_{split}.npz"),
-            run.dataset.splits[split],
-            read_log(run.workdir),
-            explanations.load(run.workdir / f"explanations_{split}.npz")
-            if results["explanations"]
-            else None,
-        )
-        (run.workdir / "report.html").write_text(page, encoding="utf-8")
-    if writer:
-        writer.close()
-    run.checkpoints.close()
+    state = meshes.put_replicated(state, run.mesh)
+    return conclude(run, method, state, steps=step, compiled={})
 
 
 def log(writer, timer, pending, step, total_steps, steps_per_epoch) -> None:

@@ -3,64 +3,89 @@
 import json
 import logging
 import platform
+import time
 from importlib import metadata
 
 import jax
 
 from cxai_jax import mesh as meshes
+from cxai_jax.data import novelty
+from cxai_jax.data.records import Dataset, Records
+from cxai_jax.methods.method import Method
+from cxai_jax.report.pages import run_report
 from cxai_jax.scoring import calibration, evaluate, explanations
-from cxai_jax.training.run import Run
+from cxai_jax.training.run import Run, fit_records
+from cxai_jax.types import PyTree
+from cxai_jax.writer import read_log, write_json
 
 EXPLAINED = 24  # Test images whose maps are measured where an alignment term is on.
 
 
-def conclude(run: Run, state) -> dict:
-    """Scores the selected weights on the test split and collects results.json."""
-    config, dataset = run.config, run.dataset
-    selected = {"rule": config.train.selection}
-    if config.train.selection == "best_val":
-        best = run.checkpoints.restore("best", state)
-        if best is None:
-            raise FileNotFoundError(
-                f"{run.workdir}/checkpoints/best is empty: no epoch was scored yet; "
-                "continue with --mode=train"
-            )
-        state = meshes.put_replicated(best[0], run.mesh)
-        selected["step"] = best[1]
-    split = config.data.test
-    predictions = run.evaluator.predict(state, dataset.splits[split])
+def conclude(run: Run, method: Method, state, *, steps: int, compiled: dict) -> dict:
+    """The one ending of a run: scores the selected weights and writes all files.
+
+    Args:
+      run: the run.
+      method: its method.
+      state: after the last step.
+      steps: optimiser steps taken.
+      compiled: what compiling the step took, {} where none was.
+
+    Returns:
+      The contents of results.json. Beside it lie the predictions file, what `predict`
+      needs (novelty) and report.html.
+    """
+    variables, selected = select(run, method, state)
+    predictions = run.evaluator.predict(variables, run.test)
+    found = explain_some(run, variables)
+    results = collect(run, variables, predictions) | {
+        "explanations": summary_of(run, found),
+        "selected": selected,
+        "steps": steps,
+        "time": {**compiled, "total_s": time.monotonic() - run.started},
+    }
     if jax.process_index() == 0:
-        evaluate.save_predictions(run.workdir / f"predictions_{split}.npz", predictions)
-    held_out = "val" in dataset.splits and "val" not in config.data.fit.split("+")
+        write(run, results, predictions, found)
+    run.checkpoints.close()
+    return results
+
+
+def select(run: Run, method: Method, state) -> tuple[PyTree, dict]:
+    """The variables that the run's selection rule chose, and which they are."""
+    rule = run.config.train.selection
+    if rule == "last":
+        return method.scored(state), {"rule": rule}
+    best = run.checkpoints.restore("best", state)
+    if best is None:
+        raise FileNotFoundError(
+            f"{run.workdir}/checkpoints/best is empty: no epoch was scored yet; "
+            "continue with --mode=train"
+        )
+    state = meshes.put_replicated(best[0], run.mesh)
+    return method.scored(state), {"rule": rule, "step": best[1]}
+
+
+def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
+    """Scores, calibration, and what the numbers are of."""
+    config, dataset, split = run.config, run.tested, run.config.data.test
     calibrated = {}
-    if held_out:
-        validation = run.evaluator.predict(state, dataset.splits["val"])
+    if run.validation is not None:
+        validation = run.evaluator.predict(variables, run.validation)
         calibrated = calibration.calibrate(
             (validation["logits"], validation["labels"]),
             (predictions["logits"], predictions["labels"]),
             positive=dataset.positive,
         )
     optimistic = [row[split]["accuracy"] for row in run.curve if split in row]
-    explained = config.align.weight > 0 or config.align.mask_weight > 0
     return {
         "metrics": evaluate.score(predictions, dataset, config),
-        "explanations": explain_some(run, state) if explained else {},
         "calibration": calibrated,  # {} where no validation split was held out.
-        "selected": selected,
         "best_test_epoch_accuracy (reference protocol, optimistic)": max(
             optimistic, default=None
         ),
         "curve": run.curve,
-        "data": {
-            "name": dataset.name,
-            "class_names": list(dataset.class_names),
-            "positive": dataset.class_names[dataset.positive],
-            "site_names": list(dataset.site_names),
-            "split_scheme": dataset.split_scheme,
-            "fingerprint": dataset.fingerprint,
-            "counts": {name: len(records) for name, records in dataset.splits.items()},
-            "leakage": dataset.leakage,
-        },
+        "data": describe(run.dataset),
+        "tested": describe(dataset),
         "pretrained": run.network.pretrained,
         "config": json.loads(config.to_json()),
         "versions": versions(),
@@ -70,6 +95,38 @@ def conclude(run: Run, state) -> dict:
             "hosts": jax.process_count(),
         },
     }
+
+
+def describe(dataset: Dataset) -> dict:
+    """What a data set is: names, counts, fingerprint, leakage."""
+    return {
+        "name": dataset.name,
+        "class_names": list(dataset.class_names),
+        "positive": dataset.class_names[dataset.positive],
+        "site_names": list(dataset.site_names),
+        "split_scheme": dataset.split_scheme,
+        "fingerprint": dataset.fingerprint,
+        "counts": {name: len(records) for name, records in dataset.splits.items()},
+        "leakage": dataset.leakage,
+    }
+
+
+def write(run: Run, results: dict, predictions: dict, found: dict) -> None:
+    """Writes the files of a finished run, results.json after what it stands for."""
+    split = run.config.data.test
+    warn_below_chance(results["metrics"]["all"])
+    evaluate.save_predictions(
+        evaluate.predictions_file(run.workdir, split), predictions
+    )
+    if found:
+        explanations.save(run.workdir / f"explanations_{split}.npz", found)
+    fit = fit_records(run.sources, run.config.data.fit)
+    write_json(run.workdir / novelty.FILE, novelty.describe(fit))
+    write_json(run.workdir / "results.json", results)
+    page = run_report(
+        results, predictions, run.test, read_log(run.workdir), found or None
+    )
+    (run.workdir / "report.html").write_text(page, encoding="utf-8")
 
 
 def warn_below_chance(scored: dict) -> None:
@@ -83,18 +140,30 @@ def warn_below_chance(scored: dict) -> None:
         )
 
 
-def explain_some(run: Run, state) -> dict:
-    """Measures the maps of some test images and keeps them for the report."""
-    config, split = run.config, run.config.data.test
-    records = run.dataset.splits[split]
-    records = records.subset(explanations.evenly(len(records), EXPLAINED))
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    found = explanations.explain(
-        run.network.model, run.network.scale, config, run.mesh, variables, records
+def explain_some(run: Run, variables: PyTree) -> dict:
+    """Maps of some test images where a saliency term was on; else {}."""
+    config = run.config
+    if not (config.align.weight > 0 or config.align.mask_weight > 0):
+        return {}
+    return explanations.explain(
+        run.network.model,
+        run.network.scale,
+        config,
+        run.mesh,
+        variables,
+        explained_records(run),
     )
-    if jax.process_index() == 0:
-        explanations.save(run.workdir / f"explanations_{split}.npz", found)
-    masks = explanations.lung_masks(records, config.data.image_size)
+
+
+def explained_records(run: Run) -> Records:
+    return run.test.subset(explanations.evenly(len(run.test), EXPLAINED))
+
+
+def summary_of(run: Run, found: dict) -> dict:
+    """Explanation metrics over the images whose maps were made."""
+    if not found:
+        return {}
+    masks = explanations.lung_masks(explained_records(run), run.config.data.image_size)
     return explanations.summarise(explanations.measure(found, masks))
 
 

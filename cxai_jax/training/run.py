@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,31 +10,18 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import linen as nn
 from jax.sharding import Mesh
 
-from cxai_jax import data, models
+from cxai_jax import data, methods, models
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
 from cxai_jax.data.augment import Scale
 from cxai_jax.data.records import Dataset, Records, concatenate
-from cxai_jax.methods.guided import check_config
+from cxai_jax.methods.method import STREAMS, Method, Network
 from cxai_jax.models import pretrained
 from cxai_jax.scoring import evaluate
 from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.training.optimizer import make_optimizer
-from cxai_jax.types import PyTree
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A built model with its initial variables and input normalisation."""
-
-    model: nn.Module
-    variables: PyTree
-    scale: Scale
-    pretrained: dict  # What was loaded; {} when training starts from scratch.
 
 
 def build_network(config, num_classes: int, *, abstract: bool = False) -> Network:
@@ -69,14 +57,69 @@ def learning_rate_groups(config):
     return lambda params: jax.tree_util.tree_map_with_path(label, params)
 
 
-def fit_records(dataset: Dataset, names: str) -> Records:
-    """The records of `config.data.fit`, e.g. "train+val".
+def load_sources(config) -> dict[str, Dataset]:
+    """The data set of a config as "", and each other one that its splits name.
+
+    Splits are named alone, "test", or with a data set of their own, "usps:test".
+
+    Raises:
+      ValueError: for a data set with other classes or channels.
+    """
+    main = data.load(config.data)
+    sources = {"": main}
+    for field in ("fit", "target", "test"):
+        for split in filter(None, config.data[field].split("+")):
+            name = split.rpartition(":")[0]
+            if name in sources:
+                continue
+            other = config.data.copy_and_resolve_references()
+            other.name, other.split = name, ""
+            sources[name] = data.load(other)
+            check_alike(main, sources[name], f"config.data.{field}={split}")
+    return sources
+
+
+def check_alike(main: Dataset, other: Dataset, given: str) -> None:
+    """Raises ValueError unless two data sets have the same classes and channels."""
+    if main.class_names != other.class_names:
+        raise ValueError(
+            f"{given}: {other.name} has the classes {', '.join(other.class_names)} and "
+            f"{main.name} has {', '.join(main.class_names)}; they must be the same"
+        )
+    depths = [next(iter(d.splits.values())).images[0].shape[-1] for d in (main, other)]
+    if depths[0] != depths[1]:
+        raise ValueError(
+            f"{given}: images of {other.name} have {depths[1]} channels, those of "
+            f"{main.name} {depths[0]}; prepare both alike"
+        )
+
+
+def records_of(sources: dict[str, Dataset], names: str, field: str) -> Records:
+    """The records of the splits that a config field names, e.g. "train+val".
+
+    Raises:
+      ValueError: for an unknown split.
+    """
+    parts = []
+    for name in names.split("+"):
+        source, _, split = name.rpartition(":")
+        dataset = sources[source]
+        if split not in dataset.splits:
+            raise ValueError(
+                f"{field} names the split {split!r}; {dataset.name} has "
+                f"{', '.join(dataset.splits)}"
+            )
+        parts.append(dataset.splits[split])
+    return parts[0] if len(parts) == 1 else concatenate(parts)
+
+
+def fit_records(sources: dict[str, Dataset], names: str) -> Records:
+    """The records of `config.data.fit`.
 
     Raises:
       ValueError: for an unknown split, or a class without a training image.
     """
-    parts = [split_of(dataset, name, "config.data.fit") for name in names.split("+")]
-    records = parts[0] if len(parts) == 1 else concatenate(parts)
+    records, dataset = records_of(sources, names, "config.data.fit"), sources[""]
     counts = np.bincount(records.labels, minlength=len(dataset.class_names))
     if not counts.all():
         missing = dataset.class_names[int(counts.argmin())]
@@ -87,16 +130,6 @@ def fit_records(dataset: Dataset, names: str) -> Records:
     return records
 
 
-def split_of(dataset: Dataset, name: str, field: str) -> Records:
-    """One split; raises ValueError naming the config field if there is none."""
-    if name not in dataset.splits:
-        raise ValueError(
-            f"{field} names the split {name!r}; {dataset.name} has "
-            f"{', '.join(dataset.splits)}"
-        )
-    return dataset.splits[name]
-
-
 @dataclasses.dataclass
 class Run:
     """Everything that a run holds beside its state."""
@@ -104,57 +137,101 @@ class Run:
     config: object
     workdir: Path
     mesh: Mesh
-    dataset: Dataset
+    sources: dict[str, Dataset]  # "" is the run's own, others by name.
     network: Network
     evaluator: evaluate.Evaluator
     checkpoints: Checkpoints
     curve: list  # Learning curve: one dict of split -> scores per evaluation.
+    started: float  # time.monotonic() when it was opened.
 
     def about(self) -> dict:
         return {"curve": list(self.curve)}
 
+    @property
+    def dataset(self) -> Dataset:
+        return self.sources[""]
+
+    @property
+    def tested(self) -> Dataset:
+        """The data set that the test split is of."""
+        return self.sources[self.config.data.test.rpartition(":")[0]]
+
+    @property
+    def test(self) -> Records:
+        return records_of(self.sources, self.config.data.test, "config.data.test")
+
+    @property
+    def validation(self) -> Records | None:
+        """The split `val` where it is not trained on."""
+        if "val" in self.config.data.fit.split("+"):
+            return None
+        return self.dataset.splits.get("val")
+
 
 def open_run(config, workdir: Path) -> Run:
     """Checks the config, loads the data and builds the network of a run."""
-    check_config(config)
     if config.train.selection not in ("last", "best_val"):
         raise ValueError(
             f"config.train.selection is {config.train.selection!r}; known: last, "
             "best_val (the test split never selects)"
         )
+    started = time.monotonic()
     mesh = meshes.make_mesh()
-    dataset = data.load(config.data)
-    split_of(dataset, config.data.test, "config.data.test")
-    if config.train.selection == "best_val" and (
-        "val" not in dataset.splits or "val" in config.data.fit.split("+")
-    ):
-        raise ValueError(
-            "config.train.selection=best_val needs a split `val` that is not in "
-            f"config.data.fit={config.data.fit!r}; {dataset.name} has "
-            f"{', '.join(dataset.splits)}"
-        )
-    network = build_network(config, len(dataset.class_names))
+    sources = load_sources(config)
+    network = build_network(config, len(sources[""].class_names))
     evaluator = evaluate.Evaluator(network.model, network.scale, config, mesh)
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
-    return Run(config, workdir, mesh, dataset, network, evaluator, checkpoints, [])
+    run = Run(
+        config, workdir, mesh, sources, network, evaluator, checkpoints, [], started
+    )
+    records_of(sources, config.data.test, "config.data.test")
+    if config.train.selection == "best_val" and run.validation is None:
+        raise ValueError(
+            "config.train.selection=best_val needs a split `val` that is not in "
+            f"config.data.fit={config.data.fit!r}; {run.dataset.name} has "
+            f"{', '.join(run.dataset.splits)}"
+        )
+    return run
+
+
+def make_method(config, network: Network, total_steps: int, groups: int = 1) -> Method:
+    """The method of a config with its optimiser."""
+    labels = learning_rate_groups(config)
+    optimizer = make_optimizer(config.optim, total_steps, labels)
+    return methods.build(
+        config, network, optimizer, total_steps=total_steps, groups=groups
+    )
+
+
+def initial_state(run: Run, method: Method):
+    """The state that a run starts from, on all devices."""
+    key = jax.random.key(run.config.seed)
+    return meshes.put_replicated(method.init(key, run.network.variables), run.mesh)
+
+
+class Stream(NamedTuple):
+    """One of the batches that a step takes."""
+
+    records: Records
+    rows: grain.MapDataset  # rows[step] is the row numbers of that step.
+    labelled: bool = True  # False: its labels do not reach the device.
 
 
 class Plan(NamedTuple):
     """What a run trains on, how often and with what."""
 
-    fit: Records
-    stream: grain.MapDataset  # stream[step] is the row numbers of that step.
+    streams: dict[str, Stream]
     steps_per_epoch: int
     total_steps: int
-    optimizer: optax.GradientTransformation
+    method: Method
 
 
 def make_plan(run: Run) -> Plan:
-    """Lays out the steps of a run.
+    """Lays out the steps of a run; an epoch is one of the first stream.
 
     Raises:
-      ValueError: if the batch does not fit the data or the devices, or a lung mask
-        term is wanted of data without masks.
+      ValueError: if the batch does not fit the data or the devices, a lung mask term is
+        wanted of data without masks, or a stream of the method has no data.
     """
     config, batch_size = run.config, run.config.train.batch_size
     if batch_size % config.train.accumulate:
@@ -167,17 +244,63 @@ def make_plan(run: Run) -> Plan:
         run.mesh,
         "config.train.batch_size / config.train.accumulate",
     )
-    fit = fit_records(run.dataset, config.data.fit)
+    fit = fit_records(run.sources, config.data.fit)
     if config.align.mask_weight > 0 and fit.lung_masks is None:
         raise ValueError(
             f"config.align.mask_weight={config.align.mask_weight} needs lung masks and "
             f"{run.dataset.name} has none; set it to 0, or train on cxr or phantom"
         )
-    rows = pipeline.training_rows(fit, config.data.site_repeats, batch_size)
-    stream = pipeline.row_stream(rows, batch_size, config.seed)
-    steps_per_epoch = len(rows) // batch_size
+    per_epoch = len(epoch_rows(config, fit)) // batch_size
     per_call = config.train.steps_per_call
-    total_steps = max(1, round(config.train.epochs * steps_per_epoch))
+    total_steps = max(1, round(config.train.epochs * per_epoch))
     total_steps = -(-total_steps // per_call) * per_call
-    optimizer = make_optimizer(config.optim, total_steps, learning_rate_groups(config))
-    return Plan(fit, stream, steps_per_epoch, total_steps, optimizer)
+    groups = config.mix.groups or run.mesh.size
+    method = make_method(config, run.network, total_steps, groups)
+    return Plan(make_streams(run, method, fit), per_epoch, total_steps, method)
+
+
+def epoch_rows(config, records: Records) -> np.ndarray:
+    """Row numbers of one epoch of labelled images."""
+    return pipeline.training_rows(
+        records, config.data.site_repeats, config.train.batch_size
+    )
+
+
+def make_streams(run: Run, method: Method, fit: Records) -> dict[str, Stream]:
+    """The streams of a method, each shuffled with a seed of its own.
+
+    Raises:
+      ValueError: if the config names no splits for a stream, or too few images.
+    """
+    config, streams = run.config, {}
+    size = config.train.batch_size
+    for number, name in enumerate(method.streams):
+        field, labelled = STREAMS[name]
+        if labelled:
+            records, rows = fit, epoch_rows(config, fit)
+        else:
+            records = unlabelled_records(run, field)
+            rows = np.arange(len(records))
+        if len(rows) < size:
+            raise ValueError(
+                f"{field} has {len(rows)} images, fewer than "
+                f"config.train.batch_size={size}; lower it"
+            )
+        stream = pipeline.row_stream(rows, size, config.seed + number)
+        streams[name] = Stream(records, stream, labelled)
+    return streams
+
+
+def unlabelled_records(run: Run, field: str) -> Records:
+    """The records of an unlabelled stream.
+
+    Raises:
+      ValueError: if the config names no splits for it.
+    """
+    names = run.config.data[field.rpartition(".")[2]]
+    if not names:
+        raise ValueError(
+            f"config.method={run.config.method} takes unlabelled images, and {field} "
+            "names no splits; set it, for example to usps:train"
+        )
+    return records_of(run.sources, names, field)

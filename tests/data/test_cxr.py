@@ -13,6 +13,7 @@ from cxai_jax import data
 from cxai_jax import mesh as meshes
 from cxai_jax.data import cxr, folder, pipeline, store
 from cxai_jax.data.records import Dataset, Records
+from cxai_jax.methods.method import Network
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import run as runs
 from tools import prepare_data
@@ -148,7 +149,13 @@ def test_a_mask_term_is_refused_without_masks():
     names = labels.astype(str)
     fit = Records(images, labels, 0 * labels, names, names)
     dataset = Dataset("bare", {"train": fit, "val": fit}, ("a", "b"), ("",), 1, "", "")
-    run = SimpleNamespace(config=config, mesh=meshes.make_mesh(1), dataset=dataset)
+    run = SimpleNamespace(
+        config=config,
+        mesh=meshes.make_mesh(1),
+        sources={"": dataset},
+        dataset=dataset,
+        network=Network(None, {}, None),
+    )
     with pytest.raises(ValueError, match="mask_weight=0.3 needs .* bare has none"):
         runs.make_plan(run)
     config.align.mask_weight = 0.0

@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     model = predictor.load(workdir)
     records = data.load(config.data).splits[config.data.test]
     evaluator = evaluate.Evaluator(model.model, model.scale, config, make_mesh())
-    predictions = evaluator.predict(SimpleNamespace(**model.variables), records)
+    predictions = evaluator.predict(model.variables, records)
     evaluate.save_predictions(workdir / "predictions_test.npz", predictions)
     results = json.loads((workdir / "results.json").read_text())
     results["metrics"] = {"all": {"accuracy": 0.75}}

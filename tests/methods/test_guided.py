@@ -7,10 +7,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import demo
-from cxai_jax import models
+from cxai_jax import methods, models
 from cxai_jax.data.augment import Scale
-from cxai_jax.methods.guided import check_config, make_train_step
-from cxai_jax.methods.method import create_state
+from cxai_jax.methods.guided import check_config
+from cxai_jax.methods.method import Network
 from cxai_jax.training.optimizer import make_optimizer
 from cxai_jax.types import Batch
 from experiments import alignment_cost
@@ -42,17 +42,12 @@ def one_step(row="full", batch=None, **changes):
     optimizer = make_optimizer(
         config.optim, 100, lambda p: jax.tree.map(lambda _: "fresh", p)
     )
-    state = create_state(variables, optimizer)
-    step = make_train_step(
-        model,
-        optimizer,
-        config,
-        scale=Scale(*models.normalisation("tiny")),
-        total_steps=100,
-        groups=config.mix.groups or 1,
-    )
-    batch = batch_of() if batch is None else batch
-    after, metrics = jax.jit(step)(state, batch, jax.random.key(1))
+    network = Network(model, variables, Scale(*models.normalisation("tiny")))
+    groups = config.mix.groups or 1
+    method = methods.build(config, network, optimizer, total_steps=100, groups=groups)
+    state = method.init(jax.random.key(0), variables)
+    batches = {"labelled": batch_of() if batch is None else batch}
+    after, metrics = jax.jit(method.step)(state, batches, jax.random.key(1))
     return state, after, {name: float(value) for name, value in metrics.items()}
 
 

@@ -97,7 +97,7 @@ def test_what_deserves_a_look_is_marked():
 def test_training_without_an_image_of_a_class_is_refused():
     found = Dataset("x", {"train": records([1, 1])}, ("a", "b"), ("x",), 1, "given", "")
     with pytest.raises(ValueError, match="config.data.fit='train' .* class 'a'"):
-        runs.fit_records(found, "train")
+        runs.fit_records({"": found}, "train")
 
 
 def test_swapped_labels_are_suspected(caplog):

@@ -87,7 +87,8 @@ def test_a_host_bound_run_says_so(
         preempted=lambda step: False, save=lambda *_: None, wait=lambda: None
     )
     run = SimpleNamespace(config=config, checkpoints=checkpoints, about=dict)
-    loop.loop(run, None, advance, None, 0, 20, 10, residency)
+    plan = SimpleNamespace(total_steps=20, steps_per_epoch=10)
+    loop.loop(run, plan, None, advance, None, 0, residency)
     assert ("host-bound" in caplog.text) == warned
 
 
