@@ -73,6 +73,20 @@ def test_no_imports_in_a_circle():
     graphlib.TopologicalSorter(graph).prepare()  # Raises CycleError.
 
 
+def test_the_table_of_folders_is_current():
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for room in set(FLOOR) - FLOORS[0] - FLOORS[-1]:
+        used = {
+            target.partition(".")[0]
+            for name, path in MODULES.items()
+            if name.partition(".")[0] == room
+            for target in imported(path)
+        }
+        row = next(r for r in text.splitlines() if r.startswith(f"| `{room}/`"))
+        told = {part.strip() for part in row.split("|")[3].split(",")} - {""}
+        assert used - FLOORS[0] - {room} == told, row
+
+
 def test_every_floor_entry_exists():
     assert set(FLOOR) == {name.partition(".")[0] for name in MODULES}
 
