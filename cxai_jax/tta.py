@@ -288,7 +288,8 @@ def votes_for(probs: Array, *, theta: float = 0.2, k: int = 31) -> Votes:
     """Counts the first k votes; the variants are nested, so any smaller k is exact.
 
     The label flips if strictly more than k/2 votes oppose: to the other class, or of
-    more than two to the largest mean probability over the opposing votes (A15).
+    more than two to the largest mean probability over the opposing votes, never back to
+    the original class (A15).
 
     Args:
       probs: p_0 .. p_m of the nested variants [B, m+1, K], m >= k.
@@ -326,7 +327,8 @@ def count_votes(votes: Array, original: Array, opposing: Array) -> Votes:
         other = 1 - original
     else:  # The sum has the argmax of the mean.
         against = jnp.where(opposing[..., None], votes, 0.0).sum(1)
-        other = against.argmax(-1).astype(jnp.int32)
+        own = jnp.arange(votes.shape[2]) == original[:, None]
+        other = jnp.where(own, -1.0, against).argmax(-1).astype(jnp.int32)
     flips = 2 * count > votes.shape[1]
     return Votes(jnp.where(flips, other, original), original, count)
 
