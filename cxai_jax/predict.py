@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from cxai_jax import figures, host_memory, novelty, prediction_table, train, trained
-from cxai_jax.data import inputs, transforms
+from cxai_jax.data import inputs, pipeline, transforms
 from cxai_jax.mesh import make_mesh
 from cxai_jax.writer import write_json
 
@@ -107,6 +107,7 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
       All rows, and the signal that stopped it or 0.
     """
     size, out = model.config.data.image_size, given.out
+    network_input = pipeline.fit_for_scoring(model.config)
     programs = given.workdir / "executables"
     predictor = trained.Predictor(model, make_mesh(), programs)
     done = {row["file"] for row in rows}  # Frames of a file have rows of their own.
@@ -119,7 +120,7 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
                 one.name,
                 one.patient,
                 novelty.flags(one.gray, known, size),
-                transforms.squash(one.gray, size),
+                network_input(transforms.as_stored(one.gray)),
                 figures.shrink(one.gray[..., 0], prediction_table.OVERLAY_HEIGHT),
             )
             for one in inputs.open_slices(path, window=given.window, patient=patient)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ from untrained_run import make_run
 
 from cxai_jax import cam, novelty, predict, steps, trained, tta
 from cxai_jax.augment import normalise
-from cxai_jax.data import inputs, transforms
+from cxai_jax.data import folder, inputs, pipeline, store, transforms
+from cxai_jax.evaluate import Evaluator
 from cxai_jax.mesh import make_mesh
 from cxai_jax.models import tiny
 
@@ -104,6 +106,42 @@ def test_everything_is_written(whole, scans):
     page = (whole / "report.html").read_text()
     assert page.count("<tr data-tags=") == 9
     assert page.count("&lt;b&gt;.png</a>") == 9
+
+
+def test_a_file_scores_the_same_in_a_data_set_and_alone(run, tmp_path, monkeypatch):
+    """One path from file to network input (A18): the same bytes, the same scores."""
+    random = np.random.default_rng(4)
+    shapes = [(40, 50), (300, 420), (700, 256), (31, 90, 3)]
+    for i, shape in enumerate(shapes * 2):
+        file = tmp_path / "files" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(90, 125, shape, np.uint8)).save(file)
+    plan = folder.plan_folder(tmp_path / "files", name="scans")
+    store.build(plan, tmp_path / "data")
+    splits = store.load("scans", plan.split, tmp_path / "data").splits
+    model, fed, call = trained.load(run[0]), [], trained.Predictor.__call__
+    evaluator = Evaluator(model.model, model.scale, model.config, make_mesh())
+
+    def recorded(self, images):
+        fed.extend(images)
+        return call(self, images)
+
+    monkeypatch.setattr(trained.Predictor, "__call__", recorded)
+    assert command(run, tmp_path / "out", "--images", tmp_path / "files") == 0
+    rows = table(tmp_path / "out")
+    names = [os.path.relpath(row["file"], tmp_path / "files") for row in rows]
+    alone = dict(zip(names, zip(fed, rows, strict=True), strict=True))
+    scored = 0
+    for records in splits.values():
+        found = evaluator.predict(SimpleNamespace(**model.variables), records)
+        fit = pipeline.fit_for_scoring(model.config)
+        for i, name in enumerate(records.names):
+            image, row = alone[str(name)]
+            np.testing.assert_array_equal(image, fit(records.images[i]))
+            probability = found["probs"][i, 0, model.positive]
+            assert float(row["probability"]) == pytest.approx(probability, abs=2e-6)
+            scored += 1
+    assert scored == len(fed) == 8
 
 
 def test_every_column_is_explained(whole):
