@@ -19,7 +19,7 @@ from flax import struct
 
 from cxai_jax import alignment, losses, saliency, tta, voting
 from cxai_jax.augment import CROPS, Scale, augment, normalise
-from cxai_jax.cam import of_class, patch_relevance
+from cxai_jax.cam import is_flat, of_class, patch_relevance
 from cxai_jax.mixing import MIXES
 from cxai_jax.types import Array, Batch, PyTree
 
@@ -160,9 +160,11 @@ def make_train_step(
                 ranked = of_class(out.class_maps, dominant)
                 if use_clean_maps and cpe.cam_source == "clean":
                     ranked = clean_map
+                relevance = jax.lax.stop_gradient(patch_relevance(ranked))
+                terms["cpe_constant_maps"] = is_flat(relevance).mean()
                 terms["cpe"] = losses.contrastive_patch_embedding(
                     out.features,
-                    jax.lax.stop_gradient(patch_relevance(ranked)),
+                    relevance,
                     num_patches=cpe.num_patches,
                     normalize=cpe.normalize,
                     temperature=cpe.temperature,

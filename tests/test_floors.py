@@ -12,10 +12,10 @@ FLOORS = [
     {"types"},
     {"grid", "metrics", "optimizer", "mesh", "checkpoint", "writer", "augment"}
     | {"roofline", "host_memory", "reuse", "executables"},
-    {"cam", "losses", "alignment", "tta", "explanation_metrics", "config"}
+    {"cam", "alignment", "tta", "explanation_metrics", "config"}
     | {"calibration", "figures", "models.lowering", "data.transforms"}
     | {"data.splits", "data.leakage", "data.records"},
-    {"mixing", "saliency", "models.norm", "models.pretrained", "data.store"}
+    {"mixing", "losses", "saliency", "models.norm", "models.pretrained", "data.store"}
     | {"novelty", "page"},
     {
         "models.backbone",

@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from configs import demo
 from cxai_jax import models, steps
+from cxai_jax.cam import patch_relevance
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.types import Batch
 from experiments import alignment_cost
@@ -84,6 +85,21 @@ def test_the_step_counts_and_moves_every_parameter(full):
         jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True
     ):
         assert np.isfinite(new).all() and not np.array_equal(old, new)
+
+
+def test_constant_maps_are_counted_and_a_nan_map_reaches_the_loss(full, monkeypatch):
+    def with_two_maps_of(value):
+        def relevance(cam):
+            return patch_relevance(cam).at[:2].set(value)
+
+        monkeypatch.setattr(steps, "patch_relevance", relevance)
+        return one_step()[2]
+
+    assert full[2]["cpe_constant_maps"] == 0
+    constant = with_two_maps_of(0.3)
+    assert constant["cpe_constant_maps"] == 2 / B
+    assert 0 < constant["cpe"] < full[2]["cpe"]
+    assert np.isnan(with_two_maps_of(np.nan)["loss"])  # The loop stops there.
 
 
 def test_running_statistics_move_once_per_forward_in_train_mode():
