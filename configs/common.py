@@ -53,7 +53,9 @@ def get_config() -> ConfigDict:
     mix.beta = 1.0  # Both parameters of the Beta distribution of lambda (A8).
     mix.same_class = "double"  # double (published) | interp (the formula) (A6).
     mix.boxes = "batch"  # One pair of boxes per batch (published) | per sample (A7).
-    mix.groups = 0  # Partners come from 1/groups of the batch; 0: one per device.
+    # Partners come from 1/groups of the batch; 0: one group per device, so no image
+    # moves, unless that leaves fewer than 8 images in each: then of several devices.
+    mix.groups = 0
 
     config.cam = cam = ConfigDict()
     cam.mode = "train"  # Norm in the clean pass: train (published) | eval (A5).

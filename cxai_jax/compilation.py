@@ -8,17 +8,21 @@ from jax.sharding import Mesh
 from cxai_jax import mesh as meshes
 from cxai_jax import setup, steps
 from cxai_jax.data import pipeline
+from cxai_jax.mixing import group_count
 
 
 def compile_run(run: setup.Run, plan: setup.Plan, state: steps.TrainState, step: int):
     """`compile_step` of a run's own step, to go on from `step`."""
+    mix, batch = run.config.mix, run.config.train.batch_size
+    mixed_at_once = batch // run.config.train.accumulate
+    paired = mix.name not in ("none", "cutout")
     train_step = steps.make_train_step(
         run.network.model,
         plan.optimizer,
         run.config,
         scale=run.network.scale,
         total_steps=plan.total_steps,
-        groups=run.config.mix.groups or run.mesh.size,
+        groups=group_count(mix.groups, mixed_at_once, run.mesh.size) if paired else 1,
     )
     return compile_step(
         train_step, state, plan.fit, plan.stream, step, run.config, run.mesh
