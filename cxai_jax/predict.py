@@ -22,6 +22,11 @@ from cxai_jax.data import inputs, pipeline, transforms
 from cxai_jax.mesh import make_mesh
 from cxai_jax.writer import write_json
 
+NOT_FINITE = (
+    "the network's probabilities are not finite; its weights are damaged or its "
+    "training diverged, use another run"
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see the module."""
@@ -144,7 +149,10 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
             while (len(waiting) >= full or (waiting and last)) and not stop.asked:
                 batch, waiting = waiting[:full], waiting[full:]
                 outcome = predictor(np.stack([one.input for one in batch]))
-                table.add([row_of(i, one, outcome) for i, one in enumerate(batch)])
+                finite = np.isfinite(outcome.probs).all(1)
+                errors += [(batch[i].name, NOT_FINITE) for i in np.flatnonzero(~finite)]
+                kept = np.flatnonzero(finite)
+                table.add([row_of(i, batch[i], outcome) for i in kept])
                 number += len(batch)
                 saved += outcome.saved
             if number > before or last:

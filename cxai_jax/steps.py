@@ -127,7 +127,7 @@ def make_train_step(
         images = prepare(key_augment, batch)
         clean_map = jnp.zeros((images.shape[0], 1, 1))  # Not read unless it is made.
         if use_clean_maps:
-            (_, clean), batch_stats = jax.lax.stop_gradient(
+            (_, clean), clean_stats = jax.lax.stop_gradient(
                 forward(params, batch_stats, images[..., :3], config.cam.mode)
             )
             clean_map = of_class(clean.class_maps, batch.labels)
@@ -142,6 +142,11 @@ def make_train_step(
             boxes=mix.boxes,
             groups=groups,
         )
+        if use_clean_maps:  # Images that no mix has changed count once (A5).
+            changed = (pair.images != images).any()
+            batch_stats = jax.tree.map(
+                lambda new, old: jnp.where(changed, new, old), clean_stats, batch_stats
+            )
         dominant = jnp.where(
             pair.weight_a >= pair.weight_b, pair.labels_a, pair.labels_b
         )

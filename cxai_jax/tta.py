@@ -63,7 +63,9 @@ def rank_cells(cam: Array, *, grid: int = 28, k: int = 31, patch: int = 8) -> Ar
 
     R = P C P^T (method.md 3.6). The outer cells of a half-pixel interpolation are
     equal by construction, so each distinct row of P is computed once: then ties are
-    exact on every device and go to the lowest row-major index.
+    exact on every device and go to the lowest row-major index. A map with NaN has the
+    order of a constant one, 0, 1, 2 ...; its probabilities are NaN too, which scoring
+    refuses and `predict` reports.
 
     Args:
       cam: class map of the predicted class [B, h, w].
@@ -83,6 +85,7 @@ def rank_cells(cam: Array, *, grid: int = 28, k: int = 31, patch: int = 8) -> Ar
         )
     cam = cam.astype(jnp.float32)
     cam -= cam.min((1, 2), keepdims=True)  # A constant map then ties exactly, at 0.
+    cam = jnp.where(jnp.isfinite(cam).all((1, 2), keepdims=True), cam, 0.0)
     (rows, row_of), (columns, column_of) = (
         np.unique(window_sum_matrix(grid, grid * patch, n), axis=0, return_inverse=True)
         for n in cam.shape[1:]

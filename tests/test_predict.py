@@ -144,6 +144,28 @@ def test_a_file_scores_the_same_in_a_data_set_and_alone(run, tmp_path, monkeypat
     assert scored == len(fed) == 8
 
 
+def test_an_image_without_finite_probabilities_is_an_error(
+    run, scans, tmp_path, monkeypatch, capsys
+):
+    call = trained.Predictor.__call__
+
+    def broken(self, images):
+        found = call(self, images)
+        probs = found.probs.copy()
+        probs[1] = np.nan
+        return found._replace(probs=probs)
+
+    monkeypatch.setattr(trained.Predictor, "__call__", broken)
+    files = sorted(scans.iterdir())[:4]
+    assert command(run, tmp_path, "--images", *files) == 1
+    rows = {row["file"]: row for row in table(tmp_path)}
+    assert len(rows) == 4
+    bad = rows[str(files[1])]
+    assert "probabilities are not finite" in bad["error"] and not bad["probability"]
+    assert all(rows[str(f)]["error"] == "" for i, f in enumerate(files) if i != 1)
+    assert f"error: {files[1]}: the network's" in capsys.readouterr().err
+
+
 def test_every_column_is_explained(whole):
     explained = (REPO / "experiments" / "README.md").read_text(encoding="utf-8")
     for column in table(whole)[0]:

@@ -102,17 +102,19 @@ def test_constant_maps_are_counted_and_a_nan_map_reaches_the_loss(full, monkeypa
     assert np.isnan(with_two_maps_of(np.nan)["loss"])  # The loop stops there.
 
 
-def test_running_statistics_move_once_per_forward_in_train_mode():
-    """Twice with a clean pass (A5), once without: 1 - 0.9^2 = 1.9 times as far."""
+def test_running_statistics_move_twice_per_mixed_step_and_once_without_mixing():
+    """With s <- 0.9 s + 0.1 m from 0: the clean pass first, then the mixed (A5)."""
 
-    def moved(**changes):
-        # prob = 0 leaves the images as they are, so both passes see one batch.
-        _, after, _ = one_step("snapmix", **{"mix.prob": 0.0}, **changes)
-        return jax.tree.leaves(after.batch_stats)[0]
+    def moved(prob, mode):
+        # The mix of a step is drawn alike in all four.
+        _, after, _ = one_step("snapmix", **{"mix.prob": prob, "cam.mode": mode})
+        return np.asarray(jax.tree.leaves(after.batch_stats)[0])
 
-    twice, once = moved(), moved(**{"cam.mode": "eval"})
-    assert np.abs(once).max() > 1e-3
-    np.testing.assert_allclose(twice, 1.9 * once, rtol=1e-4, atol=1e-6)
+    clean, mixed = moved(0.0, "eval"), moved(1.0, "eval")
+    assert np.abs(clean).max() > 1e-3 and not np.allclose(clean, mixed, rtol=1e-2)
+    np.testing.assert_allclose(moved(0.0, "train"), clean, rtol=1e-5, atol=1e-7)
+    twice = moved(1.0, "train")
+    np.testing.assert_allclose(twice, 0.9 * clean + mixed, rtol=1e-4, atol=1e-6)
 
 
 def test_micro_batches_add_up():

@@ -95,6 +95,13 @@ def test_ties_go_to_the_lowest_cell():
     np.testing.assert_array_equal(constant[0], np.arange(9))
 
 
+def test_a_map_that_is_not_finite_has_the_order_of_a_constant_one():
+    maps = jax.random.normal(jax.random.key(0), (2, 7, 7))
+    broken = maps.at[0, 3, 3].set(jnp.nan).at[0, 6, 6].set(9.0)
+    np.testing.assert_array_equal(rank(broken, k=5)[0], np.arange(5))
+    np.testing.assert_array_equal(rank(broken, k=5)[1], rank(maps, k=5)[1])
+
+
 def test_other_grids_and_too_many_cells():
     maps = jnp.zeros((1, 4, 4)).at[0, 2, 1].set(1.0)
     np.testing.assert_array_equal(tta.rank_cells(maps, grid=4, k=1, patch=16), [[9]])
