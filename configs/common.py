@@ -33,6 +33,9 @@ def get_config() -> ConfigDict:
     data.test = "test"  # Split that is scored at the end.
     data.image_size = 224  # Pixels, side of the network's input.
     data.resize = 256  # Pixels, short side before the random crop (D18).
+    # model: the constants of the backbone's weights; per_image: zero mean and unit
+    # variance of every image by itself, as Appendix A says (A19).
+    data.normalisation = "model"
     data.site_repeats = (1,)  # How often each site enters an epoch, e.g. (1, 4) (A21).
     data.residency = "auto"  # device | host | auto: where the uint8 images live.
     data.phantom_images = 480  # Phantom only: images over both sites and all splits.

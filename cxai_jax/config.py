@@ -23,6 +23,7 @@ FREE_FIELDS = (
 ADDED_FIELDS = {
     "tta.prefix_reuse": "off",
     "model.projection": 0,
+    "data.normalisation": "model",
     "contrastive.weight": 0.0,
     "contrastive.temperature": 0.05,
 }

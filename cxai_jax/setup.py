@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from cxai_jax import data, evaluate, models, steps
 from cxai_jax import mesh as meshes
+from cxai_jax.augment import PER_IMAGE
 from cxai_jax.checkpoint import Checkpoints
 from cxai_jax.data import pipeline
 from cxai_jax.data.records import Dataset, Records, concatenate
@@ -52,6 +53,8 @@ def build_network(config, num_classes: int, *, abstract: bool = False) -> Networ
             config.model.pretrained, config.model.name, variables
         )
     scale = steps.Scale(*models.normalisation(config.model.name))
+    if config.data.normalisation == "per_image":
+        scale = PER_IMAGE
     return Network(model, variables, scale, summary)
 
 

@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import struct
 
 from cxai_jax import alignment, losses, saliency, tta, voting
-from cxai_jax.augment import CROPS, Scale, augment, normalise
+from cxai_jax.augment import CROPS, NORMALISATIONS, Scale, augment, normalise
 from cxai_jax.cam import is_flat, of_class, patch_relevance
 from cxai_jax.mixing import MIXES
 from cxai_jax.types import Array, Batch, PyTree
@@ -49,6 +49,7 @@ def create_state(
 def check_config(config) -> None:
     """Raises ValueError for an unknown name among the step's choices."""
     known = {
+        "config.data.normalisation": (config.data.normalisation, NORMALISATIONS),
         "config.mix.name": (config.mix.name, tuple(MIXES)),
         "config.augment.crop": (config.augment.crop, CROPS),
         "config.cam.mode": (config.cam.mode, ("train", "eval")),

@@ -3,10 +3,13 @@
 import io
 import zlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from cxai_jax import augment
 from cxai_jax.data import transforms
 from experiments import resampling
 
@@ -247,3 +250,17 @@ def test_an_image_is_stored_once_and_its_second_resizing_is_measured():
     moved = found["feature_distance_over_median_between_images"]
     assert moved["largest"] == pytest.approx(expected)
     assert moved["mean"] == pytest.approx(expected / 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_normalised_by_itself_has_mean_0_and_variance_1(channels):
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 7, channels), np.uint8)
+    images[1] = 130  # Flat: no division by zero, no noise blown up.
+    got = augment.normalise(jnp.asarray(images), *augment.PER_IMAGE)
+    wide = np.broadcast_to(images, (3, 5, 7, 3)).astype(np.float64)
+    axes = {"axis": (1, 2, 3), "keepdims": True}
+    expected = (wide - wide.mean(**axes)) / np.maximum(wide.std(**axes), 1)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert not np.any(got[1])
+    gradient = jax.grad(lambda x: augment.normalise(x, (), ()).sum())
+    assert np.isfinite(gradient(jnp.asarray(images, jnp.float32))).all()

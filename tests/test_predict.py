@@ -15,8 +15,8 @@ from conftest import REPO
 from PIL import Image
 from untrained_run import make_run
 
-from cxai_jax import cam, novelty, predict, steps, trained, tta
-from cxai_jax.augment import normalise
+from cxai_jax import cam, novelty, predict, setup, steps, trained, tta
+from cxai_jax.augment import PER_IMAGE, normalise
 from cxai_jax.data import folder, inputs, pipeline, store, transforms
 from cxai_jax.evaluate import Evaluator
 from cxai_jax.mesh import make_mesh
@@ -90,6 +90,20 @@ def test_early_exit_gives_the_labels_of_the_full_pass(run):
     np.testing.assert_allclose(early.probs, full.probs, atol=1e-5)
     assert (early.cast <= full.cast).all() and (full.cast == 3).all()
     assert early.class_maps.shape == full.class_maps.shape
+
+
+def test_images_normalised_by_themselves_vote_alike_at_any_brightness(run):
+    config = run[1].copy_and_resolve_references()
+    config.data.normalisation = "per_image"
+    assert setup.build_network(config, 2, abstract=True).scale == PER_IMAGE
+    model = trained.load(run[0])._replace(scale=PER_IMAGE)
+    dark = np.random.default_rng(3).integers(0, 127, (3, 32, 32, 1), np.uint8)
+    predictor = trained.Predictor(model, make_mesh())
+    one, other = predictor(dark), predictor(2 * dark + 1)
+    np.testing.assert_allclose(one.probs, other.probs, atol=1e-5)
+    np.testing.assert_allclose(one.class_maps, other.class_maps, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(one.after, other.after)
+    assert len(np.unique(one.probs)) > 2
 
 
 def test_everything_is_written(whole, scans):

@@ -179,6 +179,7 @@ def test_contrast_needs_a_projection():
 def test_unknown_choices_are_refused_before_tracing():
     for field, value, known in (
         ("cam.mode", "explain", "train, eval"),
+        ("data.normalisation", "batch", "model, per_image"),
         ("cpe.cam_source", "both", "mixed, clean"),
     ):
         with pytest.raises(ValueError, match=f"config.{field} is '{value}'.*{known}"):
