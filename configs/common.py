@@ -35,6 +35,9 @@ def get_config() -> ConfigDict:
     data.test = "test"  # Split scored at the end; of another data set: usps:test.
     data.image_size = 224  # Pixels, side of the network's input.
     data.resize = 256  # Pixels, short side before the random crop (D18).
+    # model: the constants of the backbone's weights; per_image: zero mean and unit
+    # variance of every image by itself, as Appendix A says (A19).
+    data.normalisation = "model"
     data.site_repeats = (1,)  # How often each site enters an epoch, e.g. (1, 4) (A21).
     data.residency = "auto"  # device | host | auto: where the uint8 images live.
     data.phantom_images = 480  # Phantom only: images over both sites and all splits.
@@ -55,7 +58,9 @@ def get_config() -> ConfigDict:
     mix.beta = 1.0  # Both parameters of the Beta distribution of lambda (A8).
     mix.same_class = "double"  # double (published) | interp (the formula) (A6).
     mix.boxes = "batch"  # One pair of boxes per batch (published) | per sample (A7).
-    mix.groups = 0  # Partners come from 1/groups of the batch; 0: one per device.
+    # Partners come from 1/groups of the batch; 0: one group per device, so no image
+    # moves, unless that leaves fewer than 8 images in each: then of several devices.
+    mix.groups = 0
 
     config.cam = cam = ConfigDict()
     cam.mode = "train"  # Norm in the clean pass: train (published) | eval (A5).

@@ -18,12 +18,17 @@ import jax
 import numpy as np
 
 from cxai_jax import host
-from cxai_jax.data import inputs, novelty, transforms
+from cxai_jax.data import inputs, novelty, pipeline, transforms
 from cxai_jax.inference.predictor import Predictor, load
 from cxai_jax.inference.table import OVERLAY_HEIGHT, Prepared, Table, finish, read, row
 from cxai_jax.mesh import make_mesh
 from cxai_jax.report import figures
 from cxai_jax.writer import write_json
+
+NOT_FINITE = (
+    "the network's probabilities are not finite; its weights are damaged or its "
+    "training diverged, use another run"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,6 +115,7 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
       All rows, and the signal that stopped it or 0.
     """
     size, out = model.config.data.image_size, given.out
+    network_input = pipeline.fit_for_scoring(model.config)
     programs = given.workdir / "executables"
     predictor = Predictor(model, make_mesh(), programs)
     done = {row["file"] for row in rows}  # Frames of a file have rows of their own.
@@ -122,7 +128,7 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
                 one.name,
                 one.patient,
                 novelty.flags(one.gray, known, size),
-                transforms.squash(one.gray, size),
+                network_input(transforms.as_stored(one.gray)),
                 figures.shrink(one.gray[..., 0], OVERLAY_HEIGHT),
             )
             for one in inputs.open_slices(path, window=given.window, patient=patient)
@@ -146,7 +152,10 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
             while (len(waiting) >= full or (waiting and last)) and not stop.asked:
                 batch, waiting = waiting[:full], waiting[full:]
                 outcome = predictor(np.stack([one.input for one in batch]))
-                table.add([row_of(i, one, outcome) for i, one in enumerate(batch)])
+                finite = np.isfinite(outcome.probs).all(1)
+                errors += [(batch[i].name, NOT_FINITE) for i in np.flatnonzero(~finite)]
+                kept = np.flatnonzero(finite)
+                table.add([row_of(i, batch[i], outcome) for i in kept])
                 number += len(batch)
                 saved += outcome.saved
             if number > before or last:

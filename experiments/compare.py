@@ -195,7 +195,9 @@ def spread(values: np.ndarray) -> dict:
 
 
 def scores(weights: np.ndarray, run: dict) -> dict[str, np.ndarray]:
-    """Accuracy, F1 and AUC, weighted; accuracy and F1 after voting too if there was.
+    """Weighted accuracy, precision, recall, F1 and AUC; all but AUC after voting too.
+
+    Where several sites are scored, the same of each, behind "SITE: ".
 
     Args:
       weights: [R, N], how often each image counts.
@@ -206,24 +208,42 @@ def scores(weights: np.ndarray, run: dict) -> dict[str, np.ndarray]:
     """
     labels, probs, about = run["labels"], run["probs"], run["results"]
     positive = about["data"]["class_names"].index(about["data"]["positive"])
-    found = decisions(weights, labels, probs[:, 0].argmax(1), positive)
-    found["auc"] = metrics.weighted_auc(
-        labels == positive, probs[:, 0, positive], weights
-    )
+    chosen = {"": probs[:, 0].argmax(1)}
     if (k := probs.shape[1] - 1) > 0:
         theta = about["config"]["tta"]["theta"]
-        chosen = np.asarray(rules.vote(probs, theta=theta, k=k))
-        for name, value in decisions(weights, labels, chosen, positive).items():
-            found[f"{name} after voting"] = value
+        chosen[" after voting"] = np.asarray(rules.vote(probs, theta=theta, k=k))
+    places = {"": np.ones(len(labels), bool)}
+    if len(about["data"]["site_names"]) > 1:
+        places |= {
+            f"{name}: ": run["sites"] == site
+            for site, name in enumerate(about["data"]["site_names"])
+            if (run["sites"] == site).any()
+        }
+    found = {}
+    for place, here in places.items():
+        own, truth = weights[:, here], labels[here]
+        for when, decided in chosen.items():
+            for name, value in decisions(own, truth, decided[here], positive).items():
+                found[f"{place}{name}{when}"] = value
+        found[f"{place}auc"] = metrics.weighted_auc(
+            truth == positive, probs[here, 0, positive], own
+        )
     return found
 
 
 def decisions(
     weights: np.ndarray, labels: np.ndarray, chosen: np.ndarray, positive: int
 ) -> dict[str, np.ndarray]:
-    """Weighted accuracy and F1 of the positive class, each [R]."""
+    """Weighted accuracy, and precision, recall and F1 of the positive class, each [R].
+
+    0/0 is 0, as in `metrics.class_rates`.
+    """
+    ill, called = labels == positive, chosen == positive
+    hits, of_called, of_ill = (weights @ x for x in (ill & called, called, ill))
     return {
         "accuracy": average(weights, labels == chosen),
+        "precision": hits / np.maximum(of_called, 1),
+        "recall": hits / np.maximum(of_ill, 1),
         "f1": f1(weights, labels, chosen, positive),
     }
 
@@ -241,7 +261,7 @@ def describe(table: dict[str, dict]) -> str:
     for system, values in table.items():
         lines.append(system)
         for name, value in values.items():
-            line = f"  {name:<22} {shown(value):<28}"
+            line = f"  {name:<32} {shown(value):<28}"
             if "difference" in value:
                 line += f" difference {shown(value['difference'], '+')}"
             lines.append(line.rstrip())

@@ -4,7 +4,8 @@ python -m experiments.figure5 --runs runs/b-baseline runs/b-cpe runs/b-snapmix \
     runs/b-full --images 12.png 7.png --out figure5.png
 
 All runs must be scored on the same split. Without --images it takes those on which
-the runs differ most in the probability of the true class.
+the runs differ most in the probability of the true class. The paper's maps are by Gur
+et al. (2020); here the class map stands in (A32).
 """
 
 import argparse

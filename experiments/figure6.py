@@ -3,7 +3,8 @@
 python -m experiments.figure6 --run runs/b-full --images 12.png 7.png --out fig6.png
 
 The run must have been scored with voting (config.tta.k > 0). Without --images it takes
-the images with the most opposing votes.
+the images with the most opposing votes. The paper's maps are by Gur et al. (2020);
+here the class map stands in (A32).
 """
 
 import argparse

@@ -13,13 +13,17 @@ import jax.numpy as jnp
 from cxai_jax.types import Array
 
 CROPS = ("random", "square", "none")
+NORMALISATIONS = ("model", "per_image")
 
 
 class Scale(NamedTuple):
-    """A backbone's input normalisation, in grey levels 0..255."""
+    """A network's input normalisation, in grey levels 0..255; see `normalise`."""
 
     mean: tuple
     std: tuple
+
+
+PER_IMAGE = Scale((), ())
 
 
 def random_crop(key: Array, images: Array, sizes: Array, size: int) -> Array:
@@ -97,9 +101,14 @@ def normalise(images: Array, mean: tuple, std: tuple) -> Array:
 
     Args:
       images: uint8 [B, H, W, C], C = 1 or 3.
-      mean, std: three numbers each, in grey levels 0..255.
+      mean, std: three numbers each, in grey levels 0..255; empty (`PER_IMAGE`): of each
+        image over all its pixels and channels, the deviation at least one grey level.
     """
     images = images.astype(jnp.float32)
     if images.shape[-1] == 1:
         images = jnp.repeat(images, 3, axis=-1)
+    if not mean:
+        images -= images.mean((1, 2, 3), keepdims=True)
+        variance = jnp.square(images).mean((1, 2, 3), keepdims=True)
+        return images / jnp.sqrt(jnp.maximum(variance, 1.0))
     return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)

@@ -26,7 +26,6 @@ from cxai_jax.data import leakage, transforms
 from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
 
 VERSION = "1.0.0"
-SHORT_SIDE = 256  # Pixels; the published random crop of 224 needs the margin.
 CHUNK = 64  # Images decoded ahead.
 COLUMNS = ("split", "name", "label", "site", "patient")
 
@@ -357,7 +356,7 @@ def _encode(source: Source, with_mask: bool) -> tuple | ValueError:
     try:
         data = source.file.read_bytes()
         gray = transforms.decode_gray(data, str(source.file))
-        stored = transforms.short_side(gray, SHORT_SIDE)
+        stored = transforms.as_stored(gray)
         mask = _encode_mask(source, gray, stored) if with_mask else None
     except OSError as error:
         return ValueError(f"{error.filename}: cannot be read ({error.strerror})")
@@ -385,7 +384,7 @@ def _encode_mask(source: Source, image: np.ndarray, stored: np.ndarray) -> bytes
         return b""
     mask = transforms.open_gray(source.lung_mask)
     inside = np.where(mask > 0, 255, 0).astype(np.uint8)
-    scaled = transforms.short_side(inside, SHORT_SIDE)
+    scaled = transforms.as_stored(inside)
     if scaled.shape != stored.shape:
         raise ValueError(
             f"{source.lung_mask} has {mask.shape[0]} x {mask.shape[1]} pixels but its "

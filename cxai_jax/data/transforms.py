@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
+STORED_SIDE = 256  # Pixels; the published random crop of 224 needs the margin.
 MAX_ASPECT = 2.0  # Longer images are squashed, so that canvases stay bounded.
 PNG_LEVEL = 3  # Half the time of Pillow's 6 for 10 % more bytes.
 LUNG_WINDOW = (-600.0, 1500.0)  # Hounsfield units: centre, width.
@@ -84,6 +85,21 @@ def decode_frames(
 def to_gray(frame: np.ndarray) -> np.ndarray:
     """Luma (ITU-R 601) of uint8 [H, W, 3], or [H, W] as it is: uint8 [H, W, 1]."""
     return np.asarray(Image.fromarray(frame).convert("L"))[..., None]
+
+
+def as_stored(image: np.ndarray) -> np.ndarray:
+    """An opened image as prepared data hold it, and as prediction therefore sees it.
+
+    Every image goes from its file to a network through here (A18), so that it scores
+    the same in a data set and alone.
+
+    Args:
+      image: uint8 [H, W] or [H, W, C].
+
+    Returns:
+      `short_side` at 256 pixels, whatever the network's input.
+    """
+    return short_side(image, STORED_SIDE)
 
 
 def short_side(image: np.ndarray, size: int) -> np.ndarray:

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from cxai_jax.data.augment import CROPS, Scale
+from cxai_jax.data.augment import CROPS, NORMALISATIONS, Scale
 from cxai_jax.maps import saliency
-from cxai_jax.maps.cam import of_class, patch_relevance
+from cxai_jax.maps.cam import is_flat, of_class, patch_relevance
 from cxai_jax.methods import parts
 from cxai_jax.methods.method import (
     Method,
@@ -83,6 +83,7 @@ def make(
 def check_config(config) -> None:
     """Raises ValueError for an unknown name among the step's choices."""
     known = {
+        "config.data.normalisation": (config.data.normalisation, NORMALISATIONS),
         "config.mix.name": (config.mix.name, tuple(MIXES)),
         "config.augment.crop": (config.augment.crop, CROPS),
         "config.cam.mode": (config.cam.mode, ("train", "eval")),
@@ -126,10 +127,15 @@ def loss_and_gradient(
     """(gradient, running statistics, metrics) of one batch."""
     key_augment, key_mix = jax.random.split(key)
     images = parts.prepare(key_augment, batch, setting.config, setting.scale)
-    clean_map, batch_stats = clean_maps(
+    clean_map, clean_stats = clean_maps(
         setting, params, batch_stats, images[..., :3], batch.labels
     )
     pair = mixed(setting, key_mix, images, batch.labels, clean_map)
+    if reads_clean_maps(setting.config):  # Unmixed images count once (A5).
+        changed = (pair.images != images).any()
+        batch_stats = jax.tree.map(
+            lambda new, old: jnp.where(changed, new, old), clean_stats, batch_stats
+        )
 
     def loss_fn(params):
         seen, new_stats = see(setting, params, batch_stats, pair, clean_map)
@@ -242,7 +248,7 @@ def total_loss(setting: Setting, seen: Seen, step: Array) -> tuple[Array, dict]:
         if ramp:
             weight *= alignment.ramp(step, setting.total_steps, ramp)
         loss += weight * metrics[name]
-    metrics |= collapse_alarm(setting, seen)
+    metrics |= alarms(setting, seen)
     metrics["accuracy"] = (seen.logits.argmax(-1) == seen.dominant).mean()
     return loss, metrics | {"loss": loss}
 
@@ -255,15 +261,20 @@ def cross_entropy(setting: Setting, seen: Seen) -> Array:
     )
 
 
-def patch_contrast(setting: Setting, seen: Seen) -> Array:
-    """Contrastive patch embedding (Ali et al., Eq. 1), [B]; cells ranked as in A4."""
-    cpe = setting.config.cpe
+def relevance(setting: Setting, seen: Seen) -> Array:
+    """By what CPE ranks the cells, [B, h, w] without gradient: see A4."""
     ranked = of_class(seen.outputs.class_maps, seen.dominant)
-    if cpe.cam_source == "clean" and reads_clean_maps(setting.config):
+    if setting.config.cpe.cam_source == "clean" and reads_clean_maps(setting.config):
         ranked = seen.clean_map
+    return jax.lax.stop_gradient(patch_relevance(ranked))
+
+
+def patch_contrast(setting: Setting, seen: Seen) -> Array:
+    """Contrastive patch embedding (Ali et al., Eq. 1), [B]."""
+    cpe = setting.config.cpe
     return losses.contrastive_patch_embedding(
         seen.outputs.features,
-        jax.lax.stop_gradient(patch_relevance(ranked)),
+        relevance(setting, seen),
         num_patches=cpe.num_patches,
         normalize=cpe.normalize,
         temperature=cpe.temperature,
@@ -304,10 +315,12 @@ def map_shape(setting: Setting, seen: Seen) -> dict:
     return {"grid": grid, "rectify": align.rectify, "eta": align.eta}
 
 
-def collapse_alarm(setting: Setting, seen: Seen) -> dict:
-    """Entropy and share of empty maps: flat maps agree without meaning anything."""
-    metrics = {}
-    names = setting.config.align.maps if seen.maps else ()
+def alarms(setting: Setting, seen: Seen) -> dict:
+    """Shares of maps that mean nothing: flat maps agree, and rank no cell."""
+    metrics, config = {}, setting.config
+    if config.cpe.weight > 0:
+        metrics["cpe_constant_maps"] = is_flat(relevance(setting, seen)).mean()
+    names = config.align.maps if seen.maps else ()
     for name, z in zip(names, seen.maps, strict=True):
         p = alignment.spatial_distribution(z, **map_shape(setting, seen))
         metrics[f"entropy/{name}"] = alignment.normalised_entropy(p).mean()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
+from cxai_jax.maps.cam import is_flat
 from cxai_jax.types import Array
 
 NEGATIVES = ("all4", "anchor2")
@@ -57,13 +58,15 @@ def contrastive_patch_embedding(
 
         L = -ln[e^s(u1,u2) / (e^s(u1,u2) + N)] - ln[e^s(v1,v2) / (e^s(v1,v2) + N)]
 
-    For n > 2 each term is the mean over the n(n-1)/2 pairs of its group. Deviation:
+    For n > 2 each term is the mean over the n(n-1)/2 pairs of its group. The groups
+    never share a cell. A constant map ranks nothing, so its image's loss is 0; a map
+    that is not finite gives NaN, which the loop's check of the loss finds. Deviation:
     the published code reads other cells than it ranked; we follow the equation.
 
     Args:
       features: last feature map [B, h, w, D], with gradient.
       relevance: class-map mass per cell [B, h, w] (`cam.patch_relevance`); only its
-        order is used, ties go to the lowest index, no gradient.
+        order is used, ties go to the lowest free index, no gradient.
       num_patches: n, cells per group; 2 <= n and 2n <= hw.
       normalize: True divides every vector by its L2 norm (a zero vector stays zero).
       temperature: divides the similarities.
@@ -92,10 +95,13 @@ def contrastive_patch_embedding(
         raise ValueError(f"temperature is {temperature}, it must be positive")
     if negatives not in NEGATIVES:
         raise ValueError(f"negatives is {negatives!r}; known: {', '.join(NEGATIVES)}")
-    ranked = jax.lax.stop_gradient(relevance).reshape(batch, -1).astype(jnp.float32)
-    cells = jnp.concatenate(
-        [jax.lax.top_k(ranked, n)[1], jax.lax.top_k(-ranked, n)[1]], axis=1
-    )
+    relevance = jax.lax.stop_gradient(relevance).astype(jnp.float32)
+    ranked = relevance.reshape(batch, -1)
+    highest = jax.lax.top_k(ranked, n)[1]
+    # What ties at the top must not be taken again as the bottom.
+    taken = (jnp.arange(height * width) == highest[..., None]).any(1)
+    lowest = jax.lax.top_k(jnp.where(taken, -jnp.inf, -ranked), n)[1]
+    cells = jnp.concatenate([highest, lowest], axis=1)
     picked = jnp.take_along_axis(
         features.reshape(batch, -1, depth), cells[..., None], axis=1
     ).astype(jnp.float32)
@@ -114,9 +120,11 @@ def contrastive_patch_embedding(
     within_u = gram[:, :n, :n][:, *pairs]
     within_v = gram[:, n:, n:][:, *pairs]
     # -ln[e^s / (e^s + N)] = softplus(ln N - s), finite however large s is.
-    return jax.nn.softplus(against_u - within_u).mean(1) + jax.nn.softplus(
+    loss = jax.nn.softplus(against_u - within_u).mean(1) + jax.nn.softplus(
         against_v - within_v
     ).mean(1)
+    loss = jnp.where(is_flat(relevance), 0.0, loss)
+    return jnp.where(jnp.isfinite(ranked).all(1), loss, jnp.nan)
 
 
 def supervised_nt_xent(

@@ -6,6 +6,7 @@ box is four numbers, and pasting is two gathers of two taps each. A batch that i
 mixed is an empty box and the identity permutation, so `prob` needs no branch.
 """
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from cxai_jax.types import Array
 
 SAME_CLASS = ("double", "interp")
 BOXES = ("batch", "sample")
+FEWEST = 8  # Images in a group of partners: one in eight is then its own.
 
 
 class Mixed(NamedTuple):
@@ -249,6 +251,41 @@ def partner(rows: Array, permutation: Array) -> Array:
     )
 
 
+def group_count(given: int, batch: int, devices: int) -> int:
+    """Into how many groups `config.mix.groups` divides a batch for its partners.
+
+    Where it is 0: one per device if that leaves `FEWEST` images in each, so that none
+    moves; else as many as do, which fetches partners from other devices. In a smaller
+    group too many images would be their own partners, one in each on average.
+
+    Args:
+      given: the field.
+      batch: images mixed at once, of a micro-batch where steps accumulate.
+      devices: of the mesh; they divide the batch.
+
+    Raises:
+      ValueError: if `given` does not divide the batch.
+    """
+    if given < 0 or (given and batch % given):
+        raise ValueError(
+            f"config.mix.groups={given} does not divide the {batch} images of a batch; "
+            "set it to a divisor, or to 0"
+        )
+    fitting = (
+        n for n in range(devices, 0, -1) if devices % n == 0 and batch // n >= FEWEST
+    )
+    groups = given or next(fitting, 1)
+    if batch // groups < FEWEST:
+        logging.warning(
+            "images are mixed in groups of fewer than %d images (%d): many will be "
+            "their own partners; raise config.train.batch_size or lower "
+            "config.train.accumulate or config.mix.groups",
+            FEWEST,
+            batch // groups,
+        )
+    return groups
+
+
 def batch_rows(permutation: Array) -> Array:
     """A permutation [B], or [G, B/G] within groups, as rows of the batch: int32 [B]."""
     local = jnp.atleast_2d(permutation).astype(jnp.int32)
@@ -405,11 +442,15 @@ def random_mixup(
 def random_cutout(
     key, images, labels, cam, *, prob, beta, same_class, boxes, groups
 ) -> Mixed:
-    """Sets a box of nominally 25 % to 0 (DeVries and Taylor 2017); labels stay."""
+    """Sets a box of nominally 25 % to 0 (DeVries and Taylor 2017); labels stay.
+
+    A lung mask, the fourth channel, is left whole: the lungs are still there.
+    """
     drawn = draw(key, len(labels), prob=prob, beta=beta, boxes=boxes, groups=groups)
     lam = jnp.where(drawn.mixes, 0.75, jnp.ones(labels.shape))
     hole = box_mask(sample_boxes(drawn.keys[0], lam, images), images.shape[1:3])
-    return unmixed(jnp.where(hole[..., None], 0, images), labels)
+    cut = hole[..., None] & (jnp.arange(images.shape[3]) < 3)
+    return unmixed(jnp.where(cut, 0, images), labels)
 
 
 def no_mix(key, images, labels, cam, *, prob, beta, same_class, boxes, groups) -> Mixed:

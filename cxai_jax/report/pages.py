@@ -33,10 +33,7 @@ def summary(results: dict) -> str:
     data, scored = results["data"], results["metrics"]
     lines = [["", *(SCORES[key] for key in HARD), SCORES["auc"]]]
     for name, values in _score_rows(scored):
-        cells = [_with_interval(values, key) for key in (*HARD, "auc")]
-        if name == "after voting":
-            cells[-1] = ""
-        lines.append([name, *cells])
+        lines.append([name, *(_with_interval(values, key) for key in (*HARD, "auc"))])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     table = [
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
@@ -243,10 +240,14 @@ def _score_rows(scored: dict) -> Iterable[tuple[str, dict]]:
         yield "per patient", scored["per_patient"]
     if "voted" in scored:
         yield "after voting", scored["voted"]
+    for site, values in scored.get("voted_per_site", {}).items():
+        yield f"{site}, after voting", values
 
 
 def _with_interval(values: dict, key: str) -> str:
-    """ "91.3 (88.0-94.1)" in percent."""
+    """ "91.3 (88.0-94.1)" in percent; "" of a score that labels do not have."""
+    if key not in values:
+        return ""
     text = f"{100 * values[key]:.1f}"
     if key in values["intervals"]:
         low, high = values["intervals"][key]
@@ -257,8 +258,7 @@ def _with_interval(values: dict, key: str) -> str:
 def _score_table(scored: dict, positive: str) -> str:
     rows = []
     for name, values in _score_rows(scored):
-        keys = HARD if name == "after voting" else SCORES
-        cells = [_with_interval(values, key) if key in keys else "" for key in SCORES]
+        cells = [_with_interval(values, key) for key in SCORES]
         # With a hyphen that is no place to break the line.
         rows.append((name, *(cell.replace("-", "\u2011") for cell in cells)))
     note = (

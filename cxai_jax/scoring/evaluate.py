@@ -107,6 +107,8 @@ def score(predictions: dict, dataset: Dataset, config) -> dict:
     """Metrics with bootstrap 95 % intervals: all, per site, per patient, after voting.
 
     Intervals resample patients; an image without a patient id is its own patient.
+    `voted` and `voted_per_site` lack what labels alone do not have
+    (`metrics.OF_PROBABILITIES`).
     """
     labels, sites = predictions["labels"], predictions["sites"]
     probs, patients = predictions["probs"], predictions["patients"]
@@ -128,12 +130,13 @@ def score(predictions: dict, dataset: Dataset, config) -> dict:
     everything = np.arange(len(labels))
     original = probs[:, 0]
     result = {"all": scored(everything, original)}
-    if len(dataset.site_names) > 1:
-        result["per_site"] = {
-            name: scored(np.flatnonzero(sites == site), original)
-            for site, name in enumerate(dataset.site_names)
-            if (sites == site).any()
-        }
+    places = {
+        name: np.flatnonzero(sites == site)
+        for site, name in enumerate(dataset.site_names)
+        if (sites == site).any() and len(dataset.site_names) > 1
+    }
+    if places:
+        result["per_site"] = {n: scored(rows, original) for n, rows in places.items()}
     one_label = patients != ""
     for patient in np.unique(patients[one_label]):
         same = patients == patient
@@ -145,12 +148,18 @@ def score(predictions: dict, dataset: Dataset, config) -> dict:
         )
         result["per_patient"] = scored(np.arange(len(ids)), means, known, ids)
     if probs.shape[1] > 1:
-        result |= voted(predictions, config, lambda hard: scored(everything, hard))
+        result |= voted(predictions, config, scored, everything, places)
     return result
 
 
-def voted(predictions: dict, config, scored) -> dict:
-    """Scores after test-time voting, and every image whose label it changed."""
+def voted(predictions: dict, config, scored, everything, places: dict) -> dict:
+    """Scores after test-time voting, and every image whose label it changed.
+
+    Args:
+      scored: rows, probs -> scores with intervals.
+      everything: all row numbers.
+      places: site name -> row numbers; {} where there is one site.
+    """
     probs = predictions["probs"]
     votes = rules.votes_for(probs, theta=config.tta.theta, k=probs.shape[1] - 1)
     after, before = np.asarray(votes.labels), np.asarray(votes.original)
@@ -164,7 +173,19 @@ def voted(predictions: dict, config, scored) -> dict:
         }
         for i in np.flatnonzero(before != after)
     ]
-    return {"voted": scored(np.eye(probs.shape[2])[after]), "flips": flips}
+    hard = np.eye(probs.shape[2])[after]
+
+    def of_labels(rows):
+        values = scored(rows, hard)
+        for name in metrics.OF_PROBABILITIES:
+            del values[name]
+            values["intervals"].pop(name, None)
+        return values
+
+    result = {"voted": of_labels(everything), "flips": flips}
+    if places:
+        result["voted_per_site"] = {n: of_labels(rows) for n, rows in places.items()}
+    return result
 
 
 def predictions_file(workdir: Path, split: str) -> Path:

@@ -67,7 +67,8 @@ def explain_batch(
     labels = logits.argmax(-1)
     maps = saliency.signed_maps(list(MAPS), network, gray, out, labels)
     found = dict(zip(MAPS, maps, strict=True))
-    fill = sum(scale.mean) / 3
+    # What a normalised image has 0 for.
+    fill = sum(scale.mean) / 3 if scale.mean else gray.mean((1, 2, 3), keepdims=True)
     size = images.shape[1]
     smooth = upsample(found["cam"], size)
     curve = {"maps": smooth, "labels": labels, "step": -(-size * size // POINTS)}

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# Scores of a ranking or of a confidence, which a bare label does not have.
+OF_PROBABILITIES = ("auc", "macro_auc", "ece", "brier")
+
 
 def classification_metrics(
     labels: np.ndarray, probs: np.ndarray, *, positive: int = 1

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from cxai_jax import data, methods, models
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
-from cxai_jax.data.augment import Scale
+from cxai_jax.data.augment import PER_IMAGE, Scale
 from cxai_jax.data.records import Dataset, Records, concatenate
 from cxai_jax.methods.method import STREAMS, Method, Network
 from cxai_jax.models import pretrained
+from cxai_jax.objectives.mixing import group_count
 from cxai_jax.scoring import evaluate
 from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.training.optimizer import make_optimizer
@@ -43,6 +44,8 @@ def build_network(config, num_classes: int, *, abstract: bool = False) -> Networ
             config.model.pretrained, config.model.name, variables
         )
     scale = Scale(*models.normalisation(config.model.name))
+    if config.data.normalisation == "per_image":
+        scale = PER_IMAGE
     return Network(model, variables, scale, summary)
 
 
@@ -254,7 +257,11 @@ def make_plan(run: Run) -> Plan:
     per_call = config.train.steps_per_call
     total_steps = max(1, round(config.train.epochs * per_epoch))
     total_steps = -(-total_steps // per_call) * per_call
-    groups = config.mix.groups or run.mesh.size
+    mixed_at_once = batch_size // config.train.accumulate
+    paired = config.mix.name not in ("none", "cutout")
+    groups = (
+        group_count(config.mix.groups, mixed_at_once, run.mesh.size) if paired else 1
+    )
     method = make_method(config, run.network, total_steps, groups)
     return Plan(make_streams(run, method, fit), per_epoch, total_steps, method)
 

@@ -121,7 +121,7 @@ def split_forward(model: nn.Module, variables: PyTree, crops: Crops) -> rules.Re
 def make_next_votes(model: nn.Module, crops: Crops) -> Callable:
     """Builds `forward(variables, masks, carried, rows, counts)`.
 
-    It is `tta.next_votes_of`, for early exit with the first layers reused.
+    It is `rules.next_votes_of`, for early exit with the first layers reused.
     """
 
     def forward(variables, *given):
@@ -168,7 +168,7 @@ def make_predict_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
 def make_voting_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
     """As `make_predict_step` with the count of the votes, still one graph.
 
-    With tta_config.k > 0 the dict also holds `votes`, a tta.Votes.
+    With tta_config.k > 0 the dict also holds `votes`, a rules.Votes.
     """
     predict = make_predict_step(model, scale, tta_config)
 

@@ -63,7 +63,9 @@ def rank_cells(cam: Array, *, grid: int = 28, k: int = 31, patch: int = 8) -> Ar
 
     R = P C P^T (method.md 3.6). The outer cells of a half-pixel interpolation are
     equal by construction, so each distinct row of P is computed once: then ties are
-    exact on every device and go to the lowest row-major index.
+    exact on every device and go to the lowest row-major index. A map with NaN has the
+    order of a constant one, 0, 1, 2 ...; its probabilities are NaN too, which scoring
+    refuses and `predict` reports.
 
     Args:
       cam: class map of the predicted class [B, h, w].
@@ -83,6 +85,7 @@ def rank_cells(cam: Array, *, grid: int = 28, k: int = 31, patch: int = 8) -> Ar
         )
     cam = cam.astype(jnp.float32)
     cam -= cam.min((1, 2), keepdims=True)  # A constant map then ties exactly, at 0.
+    cam = jnp.where(jnp.isfinite(cam).all((1, 2), keepdims=True), cam, 0.0)
     (rows, row_of), (columns, column_of) = (
         np.unique(window_sum_matrix(grid, grid * patch, n), axis=0, return_inverse=True)
         for n in cam.shape[1:]
@@ -288,7 +291,8 @@ def votes_for(probs: Array, *, theta: float = 0.2, k: int = 31) -> Votes:
     """Counts the first k votes; the variants are nested, so any smaller k is exact.
 
     The label flips if strictly more than k/2 votes oppose: to the other class, or of
-    more than two to the largest mean probability over the opposing votes (A15).
+    more than two to the largest mean probability over the opposing votes, never back to
+    the original class (A15).
 
     Args:
       probs: p_0 .. p_m of the nested variants [B, m+1, K], m >= k.
@@ -326,7 +330,8 @@ def count_votes(votes: Array, original: Array, opposing: Array) -> Votes:
         other = 1 - original
     else:  # The sum has the argmax of the mean.
         against = jnp.where(opposing[..., None], votes, 0.0).sum(1)
-        other = against.argmax(-1).astype(jnp.int32)
+        own = jnp.arange(votes.shape[2]) == original[:, None]
+        other = jnp.where(own, -1.0, against).argmax(-1).astype(jnp.int32)
     flips = 2 * count > votes.shape[1]
     return Votes(jnp.where(flips, other, original), original, count)
 

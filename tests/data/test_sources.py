@@ -125,9 +125,7 @@ def test_stored_pixels_are_the_resized_source(prepared):
 
     records = data.load(config("site_b", prepared / "data")).splits["train"]
     source = transforms.open_gray(prepared / "b" / str(records.names[0]))
-    np.testing.assert_array_equal(
-        records.images[0], transforms.short_side(source, store.SHORT_SIDE)
-    )
+    np.testing.assert_array_equal(records.images[0], transforms.short_side(source, 256))
 
 
 def test_joint_pools_the_sites_as_0_and_1(prepared):

@@ -6,7 +6,7 @@ import pytest
 from experiments import compare
 
 
-def a_run(labels, positive_probs, patients=None, votes=None, names=None):
+def a_run(labels, positive_probs, patients=None, votes=None, names=None, sites=None):
     labels, p = np.array(labels), np.array(positive_probs, float)
     probs = np.stack([1 - p, p], -1)[:, None]
     if votes is not None:  # Probabilities of class 1 of every masked image [N, k].
@@ -15,12 +15,14 @@ def a_run(labels, positive_probs, patients=None, votes=None, names=None):
     names = np.array(names or [f"{i}.png" for i in range(len(labels))])
     patients = np.array([""] * len(labels) if patients is None else patients)
     about = {"class_names": ["healthy", "ill"], "positive": "ill"}
+    about["site_names"] = ["north"] if sites is None else ["north", "south", "west"]
     results = {"data": about, "config": {"tta": {"theta": 0.5}}}
     return {
         "labels": labels,
         "probs": probs,
         "names": names,
         "patients": patients,
+        "sites": np.zeros(len(labels), int) if sites is None else np.array(sites),
         "results": results,
     }
 
@@ -66,6 +68,26 @@ def test_votes_are_scored_where_there_are_some():
     table = compare.compare({"a": [a_run([0, 1], [0.9, 0.9], votes=votes)]})["a"]
     assert table["accuracy"]["mean"] == 0.5
     assert table["accuracy after voting"]["mean"] == 1
+
+
+def test_sites_are_scored_before_and_after_voting_with_precision_and_recall():
+    labels, sites = [1, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]
+    first = [0.9, 0.9, 0.1, 0.9, 0.1, 0.1]
+    votes = np.repeat([[0.9], [0.1], [0.1], [0.1], [0.1], [0.1]], 3, axis=1)
+    table = compare.compare({"a": [a_run(labels, first, votes=votes, sites=sites)]})
+    mean = {name: value["mean"] for name, value in table["a"].items()}
+    assert mean["precision"] == pytest.approx(2 / 3)
+    assert mean["recall"] == pytest.approx(2 / 3)
+    assert mean["north: precision"] == 0.5 and mean["north: recall"] == 1
+    assert mean["north: precision after voting"] == 1
+    assert mean["north: accuracy after voting"] == 1
+    assert mean["south: recall"] == 0.5 and mean["south: precision"] == 1
+    assert mean["south: recall after voting"] == 0  # No one is called ill: 0/0 is 0.
+    assert mean["south: precision after voting"] == 0
+    assert mean["north: auc"] == 0.75 and mean["south: auc"] == 0.75
+    assert not any("auc after voting" in name for name in mean)
+    assert not any(name.startswith("west") for name in mean)  # Not in this split.
+    assert set(mean) >= {f"south: {n}" for n in mean if ":" not in n}
 
 
 def test_systems_must_share_their_test_images():

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,12 +16,14 @@ from PIL import Image
 from untrained_run import make_run
 
 from cxai_jax import predict
-from cxai_jax.data import inputs, novelty, transforms
-from cxai_jax.data.augment import normalise
+from cxai_jax.data import folder, inputs, novelty, pipeline, store, transforms
+from cxai_jax.data.augment import PER_IMAGE, normalise
 from cxai_jax.inference import predictor
 from cxai_jax.maps import cam
 from cxai_jax.mesh import make_mesh
 from cxai_jax.models import tiny
+from cxai_jax.scoring.evaluate import Evaluator
+from cxai_jax.training.run import build_network
 from cxai_jax.voting import rules
 from cxai_jax.voting.forward import make_predict_step
 
@@ -94,6 +97,20 @@ def test_early_exit_gives_the_labels_of_the_full_pass(run):
     assert early.class_maps.shape == full.class_maps.shape
 
 
+def test_images_normalised_by_themselves_vote_alike_at_any_brightness(run):
+    config = run[1].copy_and_resolve_references()
+    config.data.normalisation = "per_image"
+    assert build_network(config, 2, abstract=True).scale == PER_IMAGE
+    model = predictor.load(run[0])._replace(scale=PER_IMAGE)
+    dark = np.random.default_rng(3).integers(0, 127, (3, 32, 32, 1), np.uint8)
+    voter = predictor.Predictor(model, make_mesh())
+    one, other = voter(dark), voter(2 * dark + 1)
+    np.testing.assert_allclose(one.probs, other.probs, atol=1e-5)
+    np.testing.assert_allclose(one.class_maps, other.class_maps, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(one.after, other.after)
+    assert len(np.unique(one.probs)) > 2
+
+
 def test_everything_is_written(whole, scans):
     rows = table(whole)
     assert [row["file"] for row in rows] == sorted(map(str, scans.iterdir()))
@@ -108,6 +125,64 @@ def test_everything_is_written(whole, scans):
     page = (whole / "report.html").read_text()
     assert page.count("<tr data-tags=") == 9
     assert page.count("&lt;b&gt;.png</a>") == 9
+
+
+def test_a_file_scores_the_same_in_a_data_set_and_alone(run, tmp_path, monkeypatch):
+    """One path from file to network input (A18): the same bytes, the same scores."""
+    random = np.random.default_rng(4)
+    shapes = [(40, 50), (300, 420), (700, 256), (31, 90, 3)]
+    for i, shape in enumerate(shapes * 2):
+        file = tmp_path / "files" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(90, 125, shape, np.uint8)).save(file)
+    plan = folder.plan_folder(tmp_path / "files", name="scans")
+    store.build(plan, tmp_path / "data")
+    splits = store.load("scans", plan.split, tmp_path / "data").splits
+    model, fed, call = predictor.load(run[0]), [], predictor.Predictor.__call__
+    evaluator = Evaluator(model.model, model.scale, model.config, make_mesh())
+
+    def recorded(self, images):
+        fed.extend(images)
+        return call(self, images)
+
+    monkeypatch.setattr(predictor.Predictor, "__call__", recorded)
+    assert command(run, tmp_path / "out", "--images", tmp_path / "files") == 0
+    rows = table(tmp_path / "out")
+    names = [os.path.relpath(row["file"], tmp_path / "files") for row in rows]
+    alone = dict(zip(names, zip(fed, rows, strict=True), strict=True))
+    scored = 0
+    for records in splits.values():
+        found = evaluator.predict(SimpleNamespace(**model.variables), records)
+        fit = pipeline.fit_for_scoring(model.config)
+        for i, name in enumerate(records.names):
+            image, row = alone[str(name)]
+            np.testing.assert_array_equal(image, fit(records.images[i]))
+            probability = found["probs"][i, 0, model.positive]
+            assert float(row["probability"]) == pytest.approx(probability, abs=2e-6)
+            scored += 1
+    assert scored == len(fed) == 8
+
+
+def test_an_image_without_finite_probabilities_is_an_error(
+    run, scans, tmp_path, monkeypatch, capsys
+):
+    call = predictor.Predictor.__call__
+
+    def broken(self, images):
+        found = call(self, images)
+        probs = found.probs.copy()
+        probs[1] = np.nan
+        return found._replace(probs=probs)
+
+    monkeypatch.setattr(predictor.Predictor, "__call__", broken)
+    files = sorted(scans.iterdir())[:4]
+    assert command(run, tmp_path, "--images", *files) == 1
+    rows = {row["file"]: row for row in table(tmp_path)}
+    assert len(rows) == 4
+    bad = rows[str(files[1])]
+    assert "probabilities are not finite" in bad["error"] and not bad["probability"]
+    assert all(rows[str(f)]["error"] == "" for i, f in enumerate(files) if i != 1)
+    assert f"error: {files[1]}: the network's" in capsys.readouterr().err
 
 
 def test_every_column_is_explained(whole):

@@ -9,6 +9,8 @@ from flax.traverse_util import flatten_dict
 from configs import demo
 from cxai_jax import methods, models
 from cxai_jax.data.augment import Scale
+from cxai_jax.maps.cam import patch_relevance
+from cxai_jax.methods import guided
 from cxai_jax.methods.guided import check_config
 from cxai_jax.methods.method import Network
 from cxai_jax.training.optimizer import make_optimizer
@@ -84,17 +86,34 @@ def test_the_step_counts_and_moves_every_parameter(full):
         assert np.isfinite(new).all() and not np.array_equal(old, new)
 
 
-def test_running_statistics_move_once_per_forward_in_train_mode():
-    """Twice with a clean pass (A5), once without: 1 - 0.9^2 = 1.9 times as far."""
+def test_constant_maps_are_counted_and_a_nan_map_reaches_the_loss(full, monkeypatch):
+    def with_two_maps_of(value):
+        def relevance(cam):
+            return patch_relevance(cam).at[:2].set(value)
 
-    def moved(**changes):
-        # prob = 0 leaves the images as they are, so both passes see one batch.
-        _, after, _ = one_step("snapmix", **{"mix.prob": 0.0}, **changes)
-        return jax.tree.leaves(after.batch_stats)[0]
+        monkeypatch.setattr(guided, "patch_relevance", relevance)
+        return one_step()[2]
 
-    twice, once = moved(), moved(**{"cam.mode": "eval"})
-    assert np.abs(once).max() > 1e-3
-    np.testing.assert_allclose(twice, 1.9 * once, rtol=1e-4, atol=1e-6)
+    assert full[2]["cpe_constant_maps"] == 0
+    constant = with_two_maps_of(0.3)
+    assert constant["cpe_constant_maps"] == 2 / B
+    assert 0 < constant["cpe"] < full[2]["cpe"]
+    assert np.isnan(with_two_maps_of(np.nan)["loss"])  # The loop stops there.
+
+
+def test_running_statistics_move_twice_per_mixed_step_and_once_without_mixing():
+    """With s <- 0.9 s + 0.1 m from 0: the clean pass first, then the mixed (A5)."""
+
+    def moved(prob, mode):
+        # The mix of a step is drawn alike in all four.
+        _, after, _ = one_step("snapmix", **{"mix.prob": prob, "cam.mode": mode})
+        return np.asarray(jax.tree.leaves(after.batch_stats)[0])
+
+    clean, mixed = moved(0.0, "eval"), moved(1.0, "eval")
+    assert np.abs(clean).max() > 1e-3 and not np.allclose(clean, mixed, rtol=1e-2)
+    np.testing.assert_allclose(moved(0.0, "train"), clean, rtol=1e-5, atol=1e-7)
+    twice = moved(1.0, "train")
+    np.testing.assert_allclose(twice, 0.9 * clean + mixed, rtol=1e-4, atol=1e-6)
 
 
 def test_micro_batches_add_up():
@@ -159,6 +178,7 @@ def test_contrast_needs_a_projection():
 def test_unknown_choices_are_refused_before_tracing():
     for field, value, known in (
         ("cam.mode", "explain", "train, eval"),
+        ("data.normalisation", "batch", "model, per_image"),
         ("cpe.cam_source", "both", "mixed, clean"),
     ):
         with pytest.raises(ValueError, match=f"config.{field} is '{value}'.*{known}"):

@@ -124,6 +124,48 @@ def test_gradient_reaches_only_the_ranked_cells_and_not_the_ranking(patches):
     np.testing.assert_allclose((on_features * step).sum(), slope, rtol=1e-2)
 
 
+@pytest.mark.parametrize("peak", [1.0, -1.0])
+def test_groups_are_disjoint_on_tied_maps(peak):
+    """One cell differs, eleven tie: the groups still share none."""
+    features = jnp.eye(12).reshape(1, 3, 4, 12) * 3
+    relevance = jnp.zeros((1, 3, 4)).at[0, 1, 1].set(peak)  # Cell 5.
+    got, gradient = jax.jit(
+        jax.value_and_grad(
+            lambda f: losses.contrastive_patch_embedding(
+                f, relevance, num_patches=3
+            ).sum()
+        )
+    )(features)
+    reached = set(np.flatnonzero(np.abs(gradient).sum(-1)))
+    # 5, then the lowest free ones; upside down the top three are 0, 1, 2.
+    assert reached == ({5, 0, 1, 2, 3, 4} if peak > 0 else {0, 1, 2, 5, 3, 4})
+    # All six cells are orthogonal: ln((1 + 9) / 1) per group.
+    assert got == pytest.approx(2 * np.log(10), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, -7.1])
+def test_a_constant_map_contributes_nothing(patches, value):
+    features = jnp.asarray(patches[0], jnp.float32)
+    relevance = jnp.asarray(patches[1], jnp.float32).at[1].set(value)
+    relevance = relevance.at[1, 0, 0].multiply(1 + 2e-7)  # Rounding noise.
+
+    def loss(f):
+        return losses.contrastive_patch_embedding(100 * f, relevance)
+
+    got = jax.jit(loss)(features)
+    gradient = jax.jit(jax.grad(lambda f: loss(f).sum()))(features)
+    assert got[1] == 0 and (np.delete(got, 1) > 0).all()
+    assert not gradient[1].any() and gradient[0].any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_map_that_is_not_finite_gives_nan(patches, value):
+    features = jnp.asarray(patches[0], jnp.float32)
+    relevance = jnp.asarray(patches[1], jnp.float32).at[1, 2, 2].set(value)
+    got = patch_embedding(features, relevance)
+    np.testing.assert_array_equal(np.isnan(got), [False, True, False])
+
+
 def test_zero_vectors_have_no_direction_and_no_gradient():
     relevance = jnp.arange(4.0).reshape(1, 2, 2)
 

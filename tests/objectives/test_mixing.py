@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cxai_jax.maps import cam as cams
+from cxai_jax.objectives import mixing
 from cxai_jax.objectives.mixing import MIXES, draw, paste, sample_box, snapmix, taps
 
 REFERENCE = Path(__file__).parents[3] / "shared/reference/snapmix_visible.npz"
@@ -274,6 +275,17 @@ def test_probability_zero_leaves_the_batch(batch, name):
     np.testing.assert_array_equal(got.weight_b, np.zeros(4))
 
 
+def test_cutout_leaves_the_lung_mask():
+    images = jnp.ones((8, 16, 16, 4))
+    labels = jnp.zeros(8, jnp.int32)
+    options = {"prob": 1.0, "beta": 1.0, "same_class": "double", "groups": 1}
+    mixed = mixing.MIXES["cutout"](
+        jax.random.key(0), images, labels, None, boxes="sample", **options
+    )
+    assert (mixed.images[..., :3] == 0).any()
+    np.testing.assert_array_equal(mixed.images[..., 3], 1)
+
+
 def test_probability_is_per_batch():
     images, labels, maps = (
         jnp.ones((2, 4, 4, 1)),
@@ -288,6 +300,32 @@ def test_probability_is_per_batch():
     )(keys)
     assert (weights[:, 0] == weights[:, 1]).all()
     assert 0.17 < (weights[:, 0] < 1).mean() < 0.33  # 3.7 standard deviations
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "devices", "groups", "warns"),
+    [
+        (0, 64, 1, 1, False),
+        (0, 64, 8, 8, False),  # Shards of 8: every image stays on its device.
+        (0, 32, 8, 4, False),  # Shards of 4 are paired two by two.
+        (0, 16, 8, 2, False),
+        (0, 36, 6, 3, False),
+        (0, 8, 8, 1, False),
+        (0, 4, 2, 1, True),
+        (8, 32, 1, 8, True),
+        (2, 32, 8, 2, False),
+    ],
+)
+def test_groups_hold_eight_images_on_any_number_of_devices(
+    given, batch, devices, groups, warns, caplog
+):
+    assert mixing.group_count(given, batch, devices) == groups
+    assert ("of fewer than 8 images" in caplog.text) == warns
+
+
+def test_groups_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(ValueError, match="config.mix.groups=5 does not divide the 32"):
+        mixing.group_count(5, 32, 1)
 
 
 def test_partners_stay_in_their_group(batch):

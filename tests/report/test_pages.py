@@ -19,6 +19,7 @@ from cxai_jax.data.records import Dataset, Records
 from cxai_jax.report import page, pages
 from cxai_jax.report.page import NOTICE, Row
 from cxai_jax.scoring import evaluate, explanations
+from cxai_jax.voting import rules
 
 NASTY = "<img src=x onerror=alert(1)>&\"'.png"
 
@@ -145,6 +146,35 @@ def test_maps_lie_side_by_side_with_their_agreement(finished):
     cells = re.findall('<th scope="row">CAM</th>(.*?)</tr>', section)[0]
     assert re.findall(">([\\d.]+)</td>", cells)[1] == "0.33"  # Empty.
     assert not holds(section, "lungs")
+
+
+def test_sites_are_scored_after_voting_and_labels_have_no_ranking(finished, run_page):
+    results, predictions, records = finished
+    scored = results["metrics"]
+    after = np.asarray(rules.vote(predictions["probs"], theta=0.2, k=4))
+    for site, name in enumerate(("north", "south")):
+        here = records.sites == site
+        values, truth, called = (
+            scored["voted_per_site"][name],
+            records.labels[here] == 1,
+            after[here] == 1,
+        )
+        assert values["number"] == 12
+        assert values["accuracy"] == pytest.approx((truth == called).mean())
+        assert values["precision"] == pytest.approx(
+            (truth & called).sum() / called.sum()
+        )
+        assert values["recall"] == pytest.approx((truth & called).sum() / truth.sum())
+    hard = [scored["voted"], *scored["voted_per_site"].values()]
+    for values in hard:
+        assert {"auc", "macro_auc", "ece", "brier"}.isdisjoint(values)
+        assert "auc" not in values["intervals"] and "f1" in values["intervals"]
+    assert {"auc", "ece", "brier"} <= scored["all"].keys()
+    lines = pages.summary(results).splitlines()
+    (line,) = [x for x in lines if x.startswith("north, after voting")]
+    assert line.count("(") == 5  # No AUC.
+    cells = re.findall('<th scope="row">south, after voting</th>(.*?)</tr>', run_page)
+    assert len(re.findall(r"\d \(", cells[0])) == 5
 
 
 def prediction_page(rows=3, errors=()):

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from cxai_jax import mesh as meshes
 from cxai_jax.data import phantom
-from cxai_jax.data.augment import Scale
+from cxai_jax.data.augment import PER_IMAGE, Scale
 from cxai_jax.data.records import Records
 from cxai_jax.maps.grid import interpolation_matrix
 from cxai_jax.models import tiny
@@ -67,6 +67,30 @@ def found(network):
 def gray():
     squash = explanations.transforms.squash
     return np.stack([squash(i, SIZE) for i in records().images]).astype(np.float32)
+
+
+def test_maps_of_images_normalised_by_themselves_ignore_brightness(network):
+    model, variables, _ = network
+    config = ConfigDict({"data": {"image_size": SIZE}, "eval": {"batch_size": 6}})
+    config.augment = ConfigDict({"crop": "none"})
+    own = records()
+    squashed = [explanations.transforms.squash(image, SIZE) for image in own.images]
+    dark = np.stack(squashed) // 2
+    one, other = (
+        explanations.explain(
+            model,
+            PER_IMAGE,
+            config,
+            meshes.make_mesh(1),
+            variables,
+            dataclasses.replace(own, images=images),
+        )
+        for images in (dark, 2 * dark + 1)
+    )
+    for name in ("cam", "gradcam_lower", "occlusion", "deletion", "probs"):
+        assert np.isfinite(one[name]).all()
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-5)
+    assert np.abs(one["occlusion"]).max() > 1e-4
 
 
 def target(apply, gray, chosen):

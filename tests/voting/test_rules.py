@@ -37,7 +37,9 @@ def naive_labels(probs, k, theta):
             if opposes:
                 against.append(vote)
         if len(against) > k / 2:
-            label = 1 - label if len(image[0]) == 2 else np.mean(against, 0).argmax()
+            means = np.mean(against, 0)
+            means[label] = -1  # The rejected class cannot win.
+            label = 1 - label if len(image[0]) == 2 else means.argmax()
         labels.append(int(label))
     return labels
 
@@ -91,6 +93,13 @@ def test_ties_go_to_the_lowest_cell():
     assert cells[:4] == [26 * 28, 26 * 28 + 1, 27 * 28, 27 * 28 + 1]
     constant = rank(jnp.full((1, 7, 7), 0.3), k=9)
     np.testing.assert_array_equal(constant[0], np.arange(9))
+
+
+def test_a_map_that_is_not_finite_has_the_order_of_a_constant_one():
+    maps = jax.random.normal(jax.random.key(0), (2, 7, 7))
+    broken = maps.at[0, 3, 3].set(jnp.nan).at[0, 6, 6].set(9.0)
+    np.testing.assert_array_equal(rank(broken, k=5)[0], np.arange(5))
+    np.testing.assert_array_equal(rank(broken, k=5)[1], rank(maps, k=5)[1])
 
 
 def test_other_grids_and_too_many_cells():
@@ -151,7 +160,26 @@ def test_three_classes_flip_to_the_largest_mean_of_the_opposing_votes():
     assert rules.vote(probs[:, [0, 1, 3, 3]], k=3)[0] == 0
 
 
-@pytest.mark.parametrize("classes", [2, 3])
+def test_a_majority_against_a_class_never_returns_it():
+    """Opponents that differ: each gets 0.6 in turn, the rejected class always 0.4."""
+    k, theta = 31, 0.4
+    turns = np.array([[0.4, 0.6, 0.0], [0.4, 0.0, 0.6]], np.float32)
+    probs = np.stack([[0.9, 0.1, 0.0], *turns[np.arange(k) % 2]])[None]
+    assert probs[0, 1:].mean(0).argmax() == 0  # The mean alone would keep it.
+    images = np.concatenate([probs, probs[..., [1, 0, 2]], probs[..., [2, 1, 0]]])
+    got = votes_for(images, theta=theta, k=k)
+    np.testing.assert_array_equal(got.original, [0, 1, 2])
+    np.testing.assert_array_equal(got.opposing, 31)
+    np.testing.assert_array_equal(got.labels, [1, 0, 1])
+    np.testing.assert_array_equal(rules.vote(images, theta=theta, k=k), got.labels)
+    forward, seen, cells, first = scene(images.astype(np.float32))
+    early = rules.vote_early(
+        forward, seen, cells, first, theta=theta, grid=6, fill="zero"
+    )
+    np.testing.assert_array_equal(early.labels, got.labels)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
 def test_votes_equal_a_slow_loop_for_every_k_and_theta(classes):
     random = np.random.default_rng(classes)
     probs = random.dirichlet(np.full(classes, 0.15), size=(60, 8)).astype(np.float32)
@@ -159,6 +187,8 @@ def test_votes_equal_a_slow_loop_for_every_k_and_theta(classes):
     for k, theta in ((1, 0.2), (4, 0.1), (7, 0.2), (7, 0.5)):
         got = votes_for(probs, theta=theta, k=k)
         np.testing.assert_array_equal(got.labels, naive_labels(probs, k, theta))
+        flipped = 2 * got.opposing > k
+        np.testing.assert_array_equal(got.labels != got.original, flipped)
         flips += int((got.labels != got.original).sum())
     assert flips > 0
 
