@@ -14,8 +14,9 @@ from cxai_jax.inference import predictor
 from cxai_jax.mesh import make_mesh
 from cxai_jax.models import resnet
 from cxai_jax.models.backbone import Window
-from cxai_jax.voting import forward, prefix, rules
+from cxai_jax.voting import forward, rules
 from cxai_jax.voting.forward import make_predict_step
+from cxai_jax.voting.prefix import nested_maps, plan_crops, reached
 
 
 def build(name):
@@ -56,7 +57,7 @@ LAYERS = {
 @pytest.mark.parametrize(("size", "grid"), [(64, 8), (224, 28), (90, 18)])
 def test_crops_renew_exactly_what_a_cell_reaches(layers, size, grid):
     windows, random = LAYERS[layers], np.random.default_rng(size)
-    crops = prefix.plan_crops(windows, size, grid)
+    crops = plan_crops(windows, size, grid)
     patch, step = size // grid, int(np.prod([w.stride for w in windows]))
     assert (crops.origins % step == 0).all()
     assert (crops.origins >= 0).all() and (crops.origins + crops.side <= size).all()
@@ -70,9 +71,7 @@ def test_crops_renew_exactly_what_a_cell_reaches(layers, size, grid):
         changed = image.copy()
         changed[square([c * patch for c in cell], patch)] += 1000
         after = slow_maps(windows, changed, kernels)
-        spans = [
-            prefix.reached(windows, size, c * patch, (c + 1) * patch) for c in cell
-        ]
+        spans = [reached(windows, size, c * patch, (c + 1) * patch) for c in cell]
         expected = np.zeros(after.shape, bool)
         expected[tuple(slice(*span) for span in spans)] = True
         np.testing.assert_array_equal(after != before, expected)
@@ -89,16 +88,16 @@ def test_crops_renew_exactly_what_a_cell_reaches(layers, size, grid):
 def test_published_window_sizes():
     """What performance.md counts for 8-pixel cells of a 224-pixel image."""
     windows = build("resnet50").prefix_windows()
-    sides = [prefix.plan_crops(windows[:n], 224, 28).window for n in (1, 2, 5)]
+    sides = [plan_crops(windows[:n], 224, 28).window for n in (1, 2, 5)]
     assert sides == [7, 5, 11]
-    assert prefix.plan_crops(windows, 224, 28).side <= 104
+    assert plan_crops(windows, 224, 28).side <= 104
 
 
 def test_impossible_geometry_is_refused():
     with pytest.raises(ValueError, match="a grid of 9 cells does not divide 64 pixels"):
-        prefix.plan_crops([Window(3)], 64, 9)
+        plan_crops([Window(3)], 64, 9)
     with pytest.raises(ValueError, match="images of 8 pixels are too small"):
-        prefix.plan_crops([Window(9)], 8, 2)
+        plan_crops([Window(9)], 8, 2)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "on", "off"])
@@ -180,15 +179,13 @@ def test_maps_are_bitwise_those_of_the_full_pass(network):
     @jax.jit
     def run(variables, masks, variants):
         prefix = functools.partial(model.apply, variables, mode="eval", method="prefix")
-        crops = prefix.plan_crops(model.prefix_windows(), SIZE, GRID)
+        crops = plan_crops(model.prefix_windows(), SIZE, GRID)
         carried, counts = prefix(masks.images), jnp.arange(K) + 1
         parts = []
         for start, stop in ((0, 2), (2, K)):
             order, value = masks.order, masks.value
             some = (masks.cells[:, start:stop], order, value, counts[start:stop])
-            parts.append(
-                prefix.nested_maps(prefix, crops, carried, masks.images, *some)
-            )
+            parts.append(nested_maps(prefix, crops, carried, masks.images, *some))
             carried = parts[-1][:, -1]
         whole = prefix(variants.reshape(-1, SIZE, SIZE, 3))
         return jnp.concatenate(parts, 1), whole.reshape(2, K + 1, *whole.shape[1:])
@@ -245,7 +242,7 @@ def test_reuse_holds_for_any_packing_of_the_votes(chunk):
         positive = jax.nn.sigmoid((maps * weights).sum((1, 2, 3)) / 2000)
         return jnp.stack([1 - positive, positive], -1)
 
-    crops = prefix.plan_crops([Window(3, 1, 1)], size, grid)
+    crops = plan_crops([Window(3, 1, 1)], size, grid)
     split = rules.Reuse(prefix, suffix, crops)
     first = suffix(prefix(images))
     variants = rules.masked_images(images, cells, grid=grid)
