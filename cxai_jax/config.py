@@ -25,6 +25,7 @@ ADDED_FIELDS = {
     "data.target": "",
     "tta.prefix_reuse": "off",
     "model.projection": 0,
+    "model.norm": "plain",
     "contrastive.weight": 0.0,
     "contrastive.temperature": 0.05,
 }
