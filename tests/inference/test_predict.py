@@ -340,9 +340,9 @@ model = load(Path(sys.argv[1]))
 images = np.load(sys.argv[2])
 predictor = Predictor(model, mesh.make_mesh())
 forward, shares = predictor._forward, set()
-def watched(variables, masked):
+def watched(variables, masked, site):
     shares.add(len(masked) // masked.sharding.shard_shape(masked.shape)[0])
-    return forward(variables, masked)
+    return forward(variables, masked, site)
 predictor._forward = watched
 print(*predictor(images).after, shares)
 devices = mesh.make_mesh()
