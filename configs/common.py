@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
         ""  # "", lite0-imagenet, a file (.npz .safetensors .pth), hub id.
     )
     model.dtype = "float32"  # Convolutions: float32 | bfloat16. Losses stay float32.
+    model.norm = "plain"  # plain | per_site: scale, bias, statistics of each site.
     model.projection = 0  # Width of the embedding that `contrastive` compares; 0: none.
     model.remat = False  # Recompute each block in the backward pass to save memory.
 

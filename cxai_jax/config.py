@@ -26,6 +26,7 @@ ADDED_FIELDS = {
     "tta.prefix_reuse": "off",
     "model.projection": 0,
     "data.normalisation": "model",
+    "model.norm": "plain",
     "contrastive.weight": 0.0,
     "contrastive.temperature": 0.05,
 }

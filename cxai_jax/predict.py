@@ -19,7 +19,7 @@ import numpy as np
 
 from cxai_jax import host
 from cxai_jax.data import inputs, novelty, pipeline, transforms
-from cxai_jax.inference.predictor import Predictor, load
+from cxai_jax.inference.predictor import Predictor, chosen_sites, load, over_sites
 from cxai_jax.inference.table import OVERLAY_HEIGHT, Prepared, Table, finish, read, row
 from cxai_jax.mesh import make_mesh
 from cxai_jax.report import figures
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the result")
     parser.add_argument("--votes", type=int, help="masks per image; default: config")
     parser.add_argument("--window", type=window, help="CENTER,WIDTH for DICOM files")
+    parser.add_argument("--site", default="", help="NAME of the images' site, or each")
     parser.add_argument("--resume", action="store_true", help="continue in --out")
     given = parser.parse_intermixed_args(arguments)
     host.keep_freed_memory()
@@ -79,6 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not 0 <= given.votes <= cells:
             parser.error(f"--votes={given.votes} must be 0..{cells}, the image's cells")
         model.config.tta.k = given.votes
+    try:
+        sites = chosen_sites(model, given.site)
+    except ValueError as error:
+        parser.error(str(error))
+    if sites:
+        about["sites"] = list(sites)
     about |= {"step": model.step, "tta": model.config.tta.to_dict()}
     about = json.loads(json.dumps(about | {"window": given.window}))
     (given.out / "overlays").mkdir(parents=True, exist_ok=True)
@@ -87,12 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = given.out / "about.json"
         if not made.exists() or json.loads(made.read_text()) != about:
             parser.error(
-                f"{done} was made with another model, --votes or --window; choose "
-                "another --out"
+                f"{done} was made with another model, --votes, --site or --window; "
+                "choose another --out"
             )
         rows = read(done)
     write_json(given.out / "about.json", about)
-    rows, signal = predict(model, known, found, errors, rows, given)
+    rows, signal = predict(model, known, found, errors, rows, given, sites)
     about["ignored files"] = found.ignored
     code = conclude(given.out, rows, errors, model.class_names, model.positive, about)
     if signal:
@@ -108,8 +115,8 @@ def window(text: str) -> tuple[float, float]:
     return centre, width
 
 
-def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
-    """Predicts the files that have no row yet; adds to `errors`.
+def predict(model, known, found, errors, rows, given, sites) -> tuple[list[dict], int]:
+    """Predicts the files that have no row yet, as of `sites`; adds to `errors`.
 
     Returns:
       All rows, and the signal that stopped it or 0.
@@ -119,7 +126,8 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
     programs = given.workdir / "executables"
     predictor = Predictor(model, make_mesh(), programs)
     done = {row["file"] for row in rows}  # Frames of a file have rows of their own.
-    table = Table(out / "predictions.csv", model.class_names, rows)
+    shown = list(sites) if len(sites) > 1 else []  # One site's answer is the answer.
+    table = Table(out / "predictions.csv", model.class_names, rows, shown)
 
     def prepare(path: Path) -> list[Prepared]:
         patient = found.patients.get(path, "")
@@ -135,9 +143,6 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
             if one.name not in done
         ]
 
-    def row_of(i, one, outcome):
-        return row(one, outcome, i, model, out)
-
     files = [path for path in found.files if inputs.printable(path) not in done]
     waiting, begun, number, saved, stopped = [], time.monotonic(), 0, 0, 0
     with host.StopSignal() as stop:
@@ -151,11 +156,24 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
             last, before = place == len(files), number
             while (len(waiting) >= full or (waiting and last)) and not stop.asked:
                 batch, waiting = waiting[:full], waiting[full:]
-                outcome = predictor(np.stack([one.input for one in batch]))
+                images = np.stack([one.input for one in batch])
+                answers = {
+                    name: predictor(images, np.full(len(images), site))
+                    for name, site in sites.items()
+                }
+                if sites:
+                    outcome = over_sites(list(answers.values()))
+                else:
+                    outcome = predictor(images)
                 finite = np.isfinite(outcome.probs).all(1)
                 errors += [(batch[i].name, NOT_FINITE) for i in np.flatnonzero(~finite)]
-                kept = np.flatnonzero(finite)
-                table.add([row_of(i, batch[i], outcome) for i in kept])
+                by_site = {name: answers[name] for name in shown}
+                table.add(
+                    [
+                        row(batch[i], outcome, i, model, out, by_site)
+                        for i in np.flatnonzero(finite)
+                    ]
+                )
                 number += len(batch)
                 saved += outcome.saved
             if number > before or last:
@@ -169,7 +187,7 @@ def predict(model, known, found, errors, rows, given) -> tuple[list[dict], int]:
     if stopped and sys.stdout.isatty():
         print()  # The bar was left in the middle.
     if saved:
-        every = number * model.config.tta.k
+        every = number * model.config.tta.k * max(1, len(sites))
         print(f"early exit saved {saved} of {every} masked forward passes")
     return table.rows, stopped
 

@@ -63,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     predictor = Predictor(model, make_mesh())
     size, batch = config.data.image_size, predictor.batch_size
     images = np.stack([transforms.squash(image, size) for image in records.images])
-    early = [predictor(images[i : i + batch]) for i in range(0, len(images), batch)]
+    early = [
+        predictor(images[i : i + batch], records.sites[i : i + batch])
+        for i in range(0, len(images), batch)
+    ]
     found = compare(probs, early, model.config.tta)
     print(json.dumps(found, indent=1))
     return int(found["labels_that_differ"] > 0)

@@ -13,12 +13,18 @@ from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.writer import write_json
 
 
-def make_run(workdir: Path):
+def make_run(workdir: Path, **model_fields):
     """Fills `workdir` for a 32-pixel tiny network; returns (config, training records).
 
-    The head is scaled up, so that probabilities spread and some votes oppose.
+    The head is scaled up, so that probabilities spread and some votes oppose; where
+    there are norms of each site, those of site 1 have other statistics.
+
+    Args:
+      workdir: an empty folder.
+      **model_fields: of `config.model`.
     """
     config = demo.get_config("full")
+    config.model.update(model_fields)
     config.data.image_size = 32
     config.data.resize = 36
     config.data.phantom_images = 48
@@ -28,19 +34,24 @@ def make_run(workdir: Path):
     config.tta.theta = 0.45
     claim_workdir(config, workdir)
     dataset = data.load(config.data)
-    network = runs.build_network(config, 2)
+    network = runs.build_network(config, 2, num_sites=len(dataset.site_names))
     method = runs.make_method(config, network, total_steps=1)
     state = method.init(jax.random.key(0), network.variables)
     loud = jax.tree_util.tree_map_with_path(
         lambda path, x: 20 * x if "head" in str(path) else x,
         state.params,
     )
+    stats = jax.tree.map(
+        lambda x: x.at[1].add(0.5) if x.ndim > 1 else x, state.batch_stats
+    )
+    state = state.replace(params=loud, batch_stats=stats)
     checkpoints = Checkpoints(workdir)
-    checkpoints.save("latest", 1, state.replace(params=loud), {"curve": []})
+    checkpoints.save("latest", 1, state, {"curve": []})
     checkpoints.wait()
     checkpoints.close()
     names = list(dataset.class_names)
     about = {"class_names": names, "positive": names[dataset.positive]}
+    about["site_names"] = list(dataset.site_names)
     write_json(workdir / "results.json", {"data": about})
     records = dataset.splits["train"]
     write_json(workdir / novelty.FILE, novelty.describe(records))

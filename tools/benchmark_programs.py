@@ -355,10 +355,11 @@ class Voting:
         self.look = jax.jit(make_first_look(model, scale, config.tta))
         if crops := prefix_crops(model, size, config.tta):
             votes = make_next_votes(model, crops)
-            forward = jax.jit(votes, donate_argnums=2)
+            votes = jax.jit(votes, donate_argnums=3)
+            self.forward = functools.partial(votes, self.variables, None)
         else:
             forward = jax.jit(make_vote_forward(model))
-        self.forward = functools.partial(forward, self.variables)
+            self.forward = lambda images, rows: forward(self.variables, images)
 
     def compile(self, images) -> tuple:
         """Every vote in one graph: (images -> outputs, about)."""
@@ -378,7 +379,7 @@ class Voting:
 
         def probs(row: int, masked: int) -> Array:
             variant = rules.masked_rows(masks, np.array([row]), np.array([masked]))
-            return self.forward(variant)[0]
+            return self.forward(variant, np.array([row]))[0]
 
         votes = [
             jnp.stack([probs(row, 1 + turn) for turn in range(self.config.k)])

@@ -22,7 +22,9 @@ from cxai_jax.models import pretrained
 def main() -> None:
     """Reads, checks, writes, and says what was done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, choices=sorted(pretrained.RULES))
+    parser.add_argument(
+        "--model", required=True, choices=sorted(pretrained.with_weights())
+    )
     parser.add_argument("--source", required=True, help=pretrained.SOURCES)
     parser.add_argument("--output", required=True, type=Path, help="ends in .npz")
     arguments = parser.parse_args()
@@ -44,7 +46,7 @@ def convert(source: str, model_name: str) -> tuple[dict[str, np.ndarray], dict]:
 
     Args:
       source: as config.model.pretrained.
-      model_name: key of `pretrained.RULES`.
+      model_name: one of `pretrained.with_weights()`.
 
     Returns:
       torch name -> float32 tensor, and the summary of `pretrained.fill`.

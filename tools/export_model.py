@@ -1,6 +1,6 @@
 """One file with the trained model, for use without this package.
 
-python -m tools.export_model --workdir=runs/b --out=model.bin [--votes=31]
+python -m tools.export_model --workdir=runs/b --out=model.bin [--votes=31] [--site=A]
 
 The file holds the weights, the preprocessing, the class maps and, with votes, the
 test-time voting as StableHLO for CPU, CUDA and TPU, for any number of images.
@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from cxai_jax.inference.predictor import Trained, load
+from cxai_jax.inference.predictor import Trained, chosen_sites, load
 from cxai_jax.types import Array
 from cxai_jax.voting.forward import make_voting_step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def make_function(model: Trained) -> Callable[[Array], dict]:
-    """The function that is exported.
+def make_function(model: Trained, site: int | None = None) -> Callable[[Array], dict]:
+    """The function that is exported; `site` is the one that its images come from.
 
     Takes gray uint8 [B, S, S], squashed to the network's size S. Returns, each with one
     entry per class name: `probability` float32 [B], `class_map` float32 [B, h, w] and
@@ -32,7 +32,11 @@ def make_function(model: Trained) -> Callable[[Array], dict]:
     `opposing`, int32 [B] votes against the label before voting.
     """
     config, names = model.config.tta, model.class_names
-    predict = make_voting_step(model.model, model.scale, config)
+    voting = make_voting_step(model.model, model.scale, config)
+
+    def predict(images: Array) -> dict:
+        own = None if site is None else jnp.full(images.shape[:1], site, jnp.int32)
+        return voting(model.variables, images, own)
 
     def by_class(values: Array) -> dict:
         return {name: values[..., i] for i, name in enumerate(names)}
@@ -43,14 +47,14 @@ def make_function(model: Trained) -> Callable[[Array], dict]:
         if config.k:
             out = jax.lax.map(
                 lambda image: jax.tree.map(
-                    lambda x: x[0], predict(model.variables, image[None, ..., None])
+                    lambda x: x[0], predict(image[None, ..., None])
                 ),
                 images,
             )
             label = out["votes"].labels
             more = {"opposing": out["votes"].opposing}
         else:
-            out = predict(model.variables, images[..., None])
+            out = predict(images[..., None])
             label, more = out["logits"].argmax(-1), {}
         return more | {
             "probability": by_class(out["probs"][:, 0]),
@@ -62,13 +66,15 @@ def make_function(model: Trained) -> Callable[[Array], dict]:
 
 
 def export_model(
-    model: Trained, platforms: Sequence[str] = PLATFORMS
+    model: Trained, platforms: Sequence[str] = PLATFORMS, site: int | None = None
 ) -> export.Exported:
     """`make_function` for any number of images, on the given platforms."""
     size = model.config.data.image_size
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, size, size), jnp.uint8)
-    return export.export(jax.jit(make_function(model)), platforms=platforms)(images)
+    return export.export(jax.jit(make_function(model, site)), platforms=platforms)(
+        images
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,11 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--votes", type=int, default=0, help="masks per image; 0: none")
+    parser.add_argument("--site", default="", help="NAME of the site of the images")
     given = parser.parse_args(arguments)
     try:
         model = load(given.workdir)
         model.config.tta.k = given.votes
-        data = export_model(model).serialize()
+        sites = list(chosen_sites(model, given.site).values())
+        if len(sites) > 1:
+            raise ValueError("--site=each: a file is for one site; export one for each")
+        data = export_model(model, site=sites[0] if sites else None).serialize()
     except ImportError as error:
         parser.exit(2, f"error: {error.name}: pip install -e '.[export]'\n")
     except (ValueError, FileNotFoundError) as error:

@@ -132,6 +132,14 @@ class Dataset:
     fingerprint: str
     leakage: dict = field(default_factory=dict)
 
+    def __post_init__(self):
+        for split, records in self.splits.items():
+            if records.sites.size and records.sites.max() >= len(self.site_names):
+                raise ValueError(
+                    f"{self.name}: an image of {split} is of site "
+                    f"{records.sites.max()}, but site_names has {len(self.site_names)}"
+                )
+
 
 def fingerprint(splits: Sequence[str], names, labels, pixel_digests) -> str:
     """sha256 hex digest over split, name, label and pixel digest of every image."""

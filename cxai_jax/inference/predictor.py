@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cxai_jax import mesh as meshes
+from cxai_jax import models
 from cxai_jax.config import read_config
 from cxai_jax.data.augment import Scale
 from cxai_jax.inference.program_cache import Executables
@@ -33,6 +35,7 @@ class Trained(NamedTuple):
 
     config: ConfigDict
     class_names: list[str]
+    site_names: list[str]  # Of the sites that it was trained on, in their order.
     positive: int
     model: nn.Module
     scale: Scale
@@ -58,7 +61,12 @@ def load(workdir: Path) -> Trained:
     # The checkpoint replaces pretrained weights, so they need not be found again.
     fresh = config.copy_and_resolve_references()
     fresh.model.pretrained = ""
-    network = build_network(fresh, len(data["class_names"]), abstract=True)
+    network = build_network(
+        fresh,
+        len(data["class_names"]),
+        num_sites=len(data["site_names"]),
+        abstract=True,
+    )
     method = make_method(config, network, total_steps=1)
     template = jax.eval_shape(method.init, jax.random.key(0), network.variables)
     kind = "best" if config.train.selection == "best_val" else "latest"
@@ -73,6 +81,7 @@ def load(workdir: Path) -> Trained:
     return Trained(
         config=config,
         class_names=data["class_names"],
+        site_names=data["site_names"],
         positive=data["class_names"].index(data["positive"]),
         model=network.model,
         scale=network.scale,
@@ -81,16 +90,72 @@ def load(workdir: Path) -> Trained:
     )
 
 
+def chosen_sites(trained: Trained, wanted: str) -> dict[str, int]:
+    """The sites as which images are predicted: name -> index, {} if none matters.
+
+    Args:
+      trained: a run.
+      wanted: name of one of its sites, "each" for all of them, "" for none.
+
+    Raises:
+      ValueError: the network has parts for each site and `wanted` names none that the
+        run knows, or it has none and `wanted` names one.
+    """
+    names = trained.site_names
+    if not models.needs_site(trained.config.model):
+        if wanted:
+            raise ValueError(
+                f"--site={wanted}: this run's network is the same for every site "
+                f"(config.model.norm={trained.config.model.norm}); leave --site out"
+            )
+        return {}
+    if wanted == "each":
+        return {name: index for index, name in enumerate(names)}
+    if wanted not in names:
+        given = f"--site={wanted} is no site" if wanted else "--site is missing"
+        raise ValueError(
+            f"{given}: the network of this run has parts of its own for every site; "
+            f"give --site=each or one of {', '.join(names)}"
+        )
+    return {wanted: names.index(wanted)}
+
+
 class Predicted(NamedTuple):
     """The outcome of one batch; NumPy arrays."""
 
     probs: np.ndarray  # float32 [B, K], of the unmasked images
-    class_maps: np.ndarray  # float32 [B, h, w], of the label before voting
+    class_maps: np.ndarray  # float32 [B, h, w, K]
     before: np.ndarray  # int [B], label before voting
     after: np.ndarray  # int [B], label after voting
     opposing: np.ndarray | None  # int [B], among the votes cast; None without voting
     cast: np.ndarray | None  # int [B]
     saved: int  # Masked images that the early exit did not have to run.
+
+
+def over_sites(found: Sequence[Predicted]) -> Predicted:
+    """One answer from those of several sites to the same images.
+
+    Probabilities and class maps are means. `before` is the class of the largest mean
+    probability; `after` the class that most sites end with, of as many the one with
+    the larger mean probability, and without voting `before`. Votes are not added up:
+    each site counts against a label of its own.
+    """
+    if len(found) == 1:
+        return found[0]
+    probs = np.mean([one.probs for one in found], axis=0)
+    before = after = probs.argmax(1)
+    if found[0].cast is not None:
+        agree = sum(np.eye(probs.shape[1])[one.after] for one in found)
+        after = (agree + probs / 2).argmax(1)  # A half of a probability breaks ties.
+    return Predicted(
+        probs=probs,
+        class_maps=np.mean([one.class_maps for one in found], axis=0),
+        before=before,
+        after=after,
+        opposing=None,
+        cast=None,
+        saved=sum(one.saved for one in found),
+    )
 
 
 class Predictor:
@@ -103,8 +168,8 @@ class Predictor:
     def __init__(self, trained: Trained, mesh: Mesh, folder: Path | None = None):
         config, jit = trained.config, jax.jit
         if folder:
-            names = trained.class_names
-            jit = Executables(folder, config=config.to_json(), classes=names).jit
+            names = {"classes": trained.class_names, "sites": trained.site_names}
+            jit = Executables(folder, config=config.to_json(), **names).jit
         self.batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
         self._tta, self._mesh = config.tta, mesh
         self._grid = config.data.image_size // config.tta.patch
@@ -115,25 +180,31 @@ class Predictor:
         crops = prefix_crops(trained.model, config.data.image_size, config.tta)
         if crops:  # The carried maps are replaced call by call: donated.
             votes = make_next_votes(trained.model, crops)
-            self._forward = jit(votes, donate_argnums=2)
+            self._forward = jit(votes, donate_argnums=3)
         else:
             self._forward = jit(make_vote_forward(trained.model))
 
-    def __call__(self, images: np.ndarray) -> Predicted:
-        """Predicts uint8 [B, S, S, 1] of at most `batch_size` images."""
+    def __call__(self, images: np.ndarray, site: np.ndarray | None = None) -> Predicted:
+        """Predicts uint8 [B, S, S, 1] of at most `batch_size` images.
+
+        `site`, int32 [B], is needed for a network with parts of each site.
+        """
         number, tta_config = len(images), self._tta
         filler = [(0, self.batch_size - number)] + [(0, 0)] * 3
         padded = meshes.put_rows(np.pad(images, filler, mode="edge"), self._mesh)
-        seen = self._look(self._variables, padded)
+        if site is not None:
+            site = np.pad(np.asarray(site, np.int32), filler[0], mode="edge")
+        sites = meshes.put_rows(site, self._mesh)
+        seen = self._look(self._variables, padded, sites)
         probs = np.asarray(seen["probs"][:number])
         first = probs if self._early else probs[:, 0]
         before = first.argmax(1)
         after, opposing, cast, saved = before, None, None, 0
         if self._early:
             votes = rules.vote_early(
-                functools.partial(self._forward, self._variables)
+                functools.partial(self._forward, self._variables, sites)
                 if "prefix" in seen
-                else self._vote,
+                else functools.partial(self._vote, site),
                 seen["images"][:number],
                 seen["cells"][:number],
                 first,
@@ -154,11 +225,12 @@ class Predictor:
             after, opposing = votes.labels, votes.opposing
             cast = np.full(number, tta_config.k)
         maps = np.asarray(seen["class_maps"][:number])
-        maps = np.take_along_axis(maps, before[:, None, None, None], axis=3)[..., 0]
         return Predicted(first, maps, before, after, opposing, cast, saved)
 
-    def _vote(self, masked: jax.Array) -> jax.Array:
+    def _vote(self, site, masked: jax.Array, rows: np.ndarray) -> jax.Array:
         """Probabilities of normalised images; every device takes its share of them."""
+        own = None if site is None else site[rows]
         if len(masked) % self._mesh.size == 0:
-            masked = jax.device_put(masked, meshes.split_rows(self._mesh))
-        return self._forward(self._variables, masked)
+            shares = meshes.split_rows(self._mesh)
+            masked, own = jax.device_put((masked, own), shares)
+        return self._forward(self._variables, masked, own)

@@ -134,7 +134,7 @@ def processor() -> str:
 @functools.cache
 def source_digest() -> str:
     """Of this package's source."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     parts = (
         f"{path.relative_to(package)}\n{path.read_text()}"
         for path in sorted(package.rglob("*.py"))

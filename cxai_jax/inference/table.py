@@ -7,7 +7,7 @@ and continued gives the same result as one that was not.
 import csv
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -41,13 +41,23 @@ class Table:
       path: the CSV file.
       class_names: K names; each gives a column p_<name>.
       keep: rows that are written first, from `read`.
+      site_names: sites whose answers have columns of their own, NAME@SITE.
     """
 
-    def __init__(self, path: Path, class_names: Sequence[str], keep: Sequence[dict]):
+    def __init__(
+        self,
+        path: Path,
+        class_names: Sequence[str],
+        keep: Sequence[dict],
+        site_names: Sequence[str] = (),
+    ):
         columns = ["file", "patient", "probability", "label_before", "label"]
         columns += ["opposing_votes", "votes_cast", "flags", "overlay"]
         # Last of all, so that a row cut short by a crash is seen to lack it.
-        columns += [*(f"p_{name}" for name in class_names), "error"]
+        answers = [f"p_{name}" for name in class_names]
+        columns += answers
+        columns += [f"{n}@{site}" for site in site_names for n in ["label", *answers]]
+        columns += ["error"]
         self.rows = list(keep)
         temporary = path.with_suffix(".tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
@@ -81,13 +91,31 @@ def overlay_name(name: str) -> str:
     return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.png"
 
 
-def row(one: Prepared, found: Predicted, i: int, model: Trained, out: Path) -> dict:
-    """The row of image `i` of a predicted batch; writes its overlay under `out`."""
+def row(
+    one: Prepared,
+    found: Predicted,
+    i: int,
+    model: Trained,
+    out: Path,
+    by_site: Mapping[str, Predicted],
+) -> dict:
+    """The row of image `i` of a predicted batch; writes its overlay under `out`.
+
+    `by_site` are the answers that have columns of their own.
+    """
     overlay = Path("overlays", overlay_name(one.name))
-    heated = figures.overlay(one.shown, found.class_maps[i])
+    heated = figures.overlay(one.shown, found.class_maps[i, ..., found.before[i]])
     panel = figures.side_by_side(one.shown, heated)
     (out / overlay).write_bytes(figures.encode(panel, "PNG"))
-    probs = zip(model.class_names, found.probs[i], strict=True)
+
+    def chances(answer: Predicted, at: str = "") -> dict:
+        probs = zip(model.class_names, answer.probs[i], strict=True)
+        return {f"p_{name}{at}": f"{p:.6f}" for name, p in probs}
+
+    columns = {}
+    for site, answer in by_site.items():
+        columns[f"label@{site}"] = model.class_names[answer.after[i]]
+        columns |= chances(answer, f"@{site}")
     return {
         "file": one.name,
         "patient": one.patient,
@@ -98,12 +126,28 @@ def row(one: Prepared, found: Predicted, i: int, model: Trained, out: Path) -> d
         "votes_cast": "" if found.cast is None else str(found.cast[i]),
         "flags": "; ".join(one.flags),
         "overlay": overlay.as_posix(),
-        **{f"p_{name}": f"{p:.6f}" for name, p in probs},
+        **chances(found),
+        **columns,
     }
 
 
-def report_rows(rows: Sequence[dict], folder: Path) -> list[page.Row]:
-    """Rows for the page, with pictures made from the overlays in `folder`."""
+def answers_by_site(row: dict, positive: str) -> tuple[str, ...]:
+    """What each site says of a row's image, with the probability of `positive`."""
+    return tuple(
+        f"{column.removeprefix('label@')}: {label}, "
+        + page.percent(float(row[column.replace("label", f"p_{positive}", 1)]))
+        for column, label in row.items()
+        if column.startswith("label@") and label
+    )
+
+
+def report_rows(
+    rows: Sequence[dict], folder: Path, positive: str = ""
+) -> list[page.Row]:
+    """Rows for the page, with pictures made from the overlays in `folder`.
+
+    `positive` is the class whose probability is shown.
+    """
     height = HEIGHTS[len(rows) > LARGE]
 
     def picture(row: dict) -> bytes:
@@ -130,6 +174,7 @@ def report_rows(rows: Sequence[dict], folder: Path) -> list[page.Row]:
             patient=row["patient"],
             picture=pictures.get(i, b""),
             link=row["overlay"],
+            answers=answers_by_site(row, positive),
         )
         for i, row in enumerate(rows)
     ]
@@ -181,7 +226,7 @@ def finish(
             writer.writerow(Patient._fields)
             writer.writerows(patients)
     html = prediction_report(
-        report_rows(rows, out),
+        report_rows(rows, out, class_names[positive] if class_names else ""),
         errors,
         class_names=class_names,
         positive=positive,

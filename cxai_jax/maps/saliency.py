@@ -21,40 +21,51 @@ from cxai_jax.types import Array, Mode, Outputs, PyTree
 
 
 class Explained(NamedTuple):
-    """A network as three functions of arrays.
+    """A network as three functions of arrays, and whose images it is given.
 
     In `explain` mode the batch statistics carry no gradient, so the gradient of a sum
     of scores is the gradient of each image's own score, and its forward is the training
     forward, which XLA therefore computes once.
     """
 
-    lower: Callable[[Array], Array]  # images [B, H, W, C] -> A3 [B, 2h, 2w, D3]
-    upper: Callable[[Array], Array]  # A3 -> F [B, h, w, D]
+    lower: Callable[..., Array]  # images [B, H, W, C], site -> A3 [B, 2h, 2w, D3]
+    upper: Callable[..., Array]  # A3, site -> F [B, h, w, D]
     head: Callable[[Array], Array]  # F -> logits [B, K]
+    site: Array | None = None  # int32 [B], for a network with parts of each site.
 
     def upper_head(self, lower: Array) -> Array:
-        return self.head(self.upper(lower))
+        return self.head(self.upper(lower, self.site))
 
     def logits(self, images: Array) -> Array:
-        return self.upper_head(self.lower(images))
+        return self.upper_head(self.lower(images, self.site))
+
+    def every_kth(self, k: int) -> "Explained":
+        """The same network for images 0, k, 2k, ... of the batch."""
+        return self._replace(
+            site=None if self.site is None else every_kth(self.site, k)
+        )
 
 
-def stages(model: nn.Module, variables: PyTree, mode: Mode) -> Explained:
+def stages(
+    model: nn.Module, variables: PyTree, mode: Mode, site: Array | None = None
+) -> Explained:
     """The stages of a backbone as functions of arrays.
 
     Args:
       model: a backbone of `cxai_jax.models`.
       variables: params and batch_stats.
       mode: "explain" in training, "eval" for a trained network.
+      site: int32 [B], for a network with parts of each site.
     """
 
     def stage(method):
-        return lambda x: model.apply(variables, x, mode, method=method)
+        return lambda x, site: model.apply(variables, x, mode, site, method=method)
 
     return Explained(
         lower=stage("lower"),
         upper=stage("upper"),
         head=lambda features: model.apply(variables, features, method="head"),
+        site=site,
     )
 
 
@@ -110,7 +121,7 @@ def signed_maps(
             alpha_grad=alpha_grad,
         ),
         "input_gradient": lambda: input_gradient(
-            network.logits,
+            network.every_kth(every).logits,
             every_kth(images, every),
             every_kth(labels, every),
             target=target,

@@ -128,7 +128,7 @@ def loss_and_gradient(
     key_augment, key_mix = jax.random.split(key)
     images = parts.prepare(key_augment, batch, setting.config, setting.scale)
     clean_map, clean_stats = clean_maps(
-        setting, params, batch_stats, images[..., :3], batch.labels
+        setting, params, batch_stats, images[..., :3], batch
     )
     pair = mixed(setting, key_mix, images, batch.labels, clean_map)
     if reads_clean_maps(setting.config):  # Unmixed images count once (A5).
@@ -138,7 +138,10 @@ def loss_and_gradient(
         )
 
     def loss_fn(params):
-        seen, new_stats = see(setting, params, batch_stats, pair, clean_map)
+        # A mixed image belongs to the site of the image that it is pasted into.
+        seen, new_stats = see(
+            setting, params, batch_stats, pair, clean_map, batch.sites
+        )
         loss, metrics = total_loss(setting, seen, step)
         return loss, (metrics, new_stats)
 
@@ -155,7 +158,7 @@ def reads_clean_maps(config) -> bool:
 
 
 def clean_maps(
-    setting: Setting, params: PyTree, batch_stats: PyTree, images: Array, labels: Array
+    setting: Setting, params: PyTree, batch_stats: PyTree, images: Array, batch: Batch
 ) -> tuple[Array, PyTree]:
     """Class map [B, h, w] of each true label, and the statistics after the pass (A5).
 
@@ -165,10 +168,15 @@ def clean_maps(
         return jnp.zeros((images.shape[0], 1, 1)), batch_stats
     (_, clean), batch_stats = jax.lax.stop_gradient(
         parts.forward(
-            setting.model, params, batch_stats, images, setting.config.cam.mode
+            setting.model,
+            params,
+            batch_stats,
+            images,
+            setting.config.cam.mode,
+            batch.sites,
         )
     )
-    return of_class(clean.class_maps, labels), batch_stats
+    return of_class(clean.class_maps, batch.labels), batch_stats
 
 
 def mixed(
@@ -195,12 +203,13 @@ def see(
     batch_stats: PyTree,
     pair: Mixed,
     clean_map: Array,
+    site: Array,
 ) -> tuple[Seen, PyTree]:
     """The training forward of the mixed images, and what the loss terms read of it."""
     config, model = setting.config, setting.model
     images, masks = pair.images[..., :3], pair.images[..., 3:]
     (logits, outputs), new_stats = parts.forward(
-        model, params, batch_stats, images, "train"
+        model, params, batch_stats, images, "train", site
     )
     dominant = jnp.where(pair.weight_a >= pair.weight_b, pair.labels_a, pair.labels_b)
     maps, align = [], config.align
@@ -208,7 +217,7 @@ def see(
         variables = {"params": params, "batch_stats": batch_stats}
         maps = saliency.signed_maps(
             align.maps,
-            saliency.stages(model, variables, "explain"),
+            saliency.stages(model, variables, "explain", site),
             images,
             outputs,
             dominant,

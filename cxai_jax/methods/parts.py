@@ -35,13 +35,18 @@ def prepare(key: Array, batch: Batch, config, scale: Scale) -> Array:
 
 
 def forward(
-    model: nn.Module, params: PyTree, batch_stats: PyTree, images: Array, mode: Mode
+    model: nn.Module,
+    params: PyTree,
+    batch_stats: PyTree,
+    images: Array,
+    mode: Mode,
+    site: Array | None = None,
 ) -> tuple[tuple[Array, Outputs], PyTree]:
     """((logits, outputs), running statistics after the pass)."""
     variables = {"params": params, "batch_stats": batch_stats}
     if mode != "train":
-        return model.apply(variables, images, mode), batch_stats
-    out, updated = model.apply(variables, images, mode, mutable=["batch_stats"])
+        return model.apply(variables, images, mode, site), batch_stats
+    out, updated = model.apply(variables, images, mode, site, mutable=["batch_stats"])
     return out, updated.get("batch_stats", {})
 
 

@@ -1,91 +1,92 @@
 """The backbones by name, and how to build one from `config.model`."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from cxai_jax.models import efficientnet_lite0, resnet, tiny
-from cxai_jax.models.backbone import HEADS, Backbone
+from cxai_jax.models.backbone import HEADS, Backbone, BackboneSpec
+from cxai_jax.models.norm import NORMS
 from cxai_jax.types import Array, PyTree
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Modules that no pretrained file fills.
-FRESH = {"head", "projection", "extra_bn2", "extra_bn4"}
+OPTIONS = {"extra_bn": "is published for ResNets (A10)"}  # See `BackboneSpec.options`.
 
-
-def _plain(module: type[Backbone], num_classes: int, config) -> Backbone:
-    if config.extra_bn:
-        raise ValueError(
-            f"config.model.extra_bn is published for ResNets (A10); {config.name} has "
-            "no place for it, set it to False"
-        )
-    return module(num_classes, **_common(config))
-
-
-def _resnet(num_classes: int, config) -> resnet.ResNet:
-    depths, bottleneck = resnet.DEPTHS[config.name]
-    return resnet.ResNet(
-        num_classes,
-        depths=depths,
-        bottleneck=bottleneck,
-        extra_bn=config.extra_bn,
-        **_common(config),
-    )
-
-
-def _common(config) -> dict:
-    return {
-        "head_kind": config.head,
-        "projection": config.projection,
-        "dtype": DTYPES[config.dtype],
-        "remat": config.remat,
-    }
-
-
-# Name -> function of (num_classes, config.model).
-MODELS: dict[str, Callable[..., Backbone]] = {
-    "tiny": functools.partial(_plain, tiny.Tiny),
-    **dict.fromkeys(resnet.DEPTHS, _resnet),
-    "efficientnet_lite0": functools.partial(
-        _plain, efficientnet_lite0.EfficientNetLite0
-    ),
+MODELS: dict[str, BackboneSpec] = {
+    "tiny": tiny.SPEC,
+    **resnet.SPECS,
+    "efficientnet_lite0": efficientnet_lite0.SPEC,
 }
 
 
-def build(model_config, num_classes: int) -> Backbone:
+def build(model_config, num_classes: int, *, num_sites: int = 0) -> Backbone:
     """Builds the backbone that `config.model` names.
 
     Args:
       model_config: the fields of `config.model` (configs/common.py).
       num_classes: K.
+      num_sites: S, sites of the data; read where `needs_site` alone.
 
     Raises:
-      ValueError: unknown name, head or dtype, or a field the backbone has no use for.
+      ValueError: unknown name, head, dtype or norm, a field the backbone has no use
+        for, or no sites where it has parts for each.
     """
-    known = {"name": MODELS, "head": HEADS, "dtype": DTYPES}
+    spec = spec_of(model_config.name)
+    known = {"head": HEADS, "dtype": DTYPES, "norm": NORMS}
     for field, values in known.items():
         if model_config[field] not in values:
             raise ValueError(
                 f"config.model.{field} is {model_config[field]!r}; known: "
                 f"{', '.join(values)}"
             )
-    return MODELS[model_config.name](num_classes, model_config)
+    for option, why in OPTIONS.items():
+        if model_config[option] and option not in spec.options:
+            raise ValueError(
+                f"config.model.{option} {why}; {model_config.name} has no place for "
+                "it, set it to False"
+            )
+    if needs_site(model_config) and num_sites < 1:
+        raise ValueError(
+            f"config.model.norm is {model_config.norm!r}, which needs the number of "
+            f"sites of the data; num_sites is {num_sites}"
+        )
+    return spec.build(
+        num_classes,
+        head_kind=model_config.head,
+        projection=model_config.projection,
+        dtype=DTYPES[model_config.dtype],
+        remat=model_config.remat,
+        norm=NORMS[model_config.norm](num_sites),
+        **{option: model_config[option] for option in spec.options},
+    )
+
+
+def needs_site(model_config) -> bool:
+    """Whether the network has parts of its own for every site: calls need `site`."""
+    return model_config.norm == "per_site"
+
+
+def spec_of(name: str) -> BackboneSpec:
+    """The declaration of a backbone; raises ValueError for an unknown name."""
+    if name not in MODELS:
+        raise ValueError(f"config.model.name is {name!r}; known: {', '.join(MODELS)}")
+    return MODELS[name]
 
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, grey levels 0..255, of a backbone."""
-    module = {"tiny": tiny, "efficientnet_lite0": efficientnet_lite0}.get(name, resnet)
-    return module.MEAN, module.STD
+    spec = spec_of(name)
+    return spec.mean, spec.std
 
 
-def is_trunk(path: Sequence) -> bool:
+def is_trunk(name: str, path: Sequence) -> bool:
     """Whether the parameter at `path`, names or tree keys, may hold pretrained weights.
 
-    False for the head and for norms that the pretraining did not have; these take
-    `config.optim.lr_fresh`.
+    False for the head and for norms that the pretraining of the backbone `name` did
+    not have; these take `config.optim.lr_fresh`.
     """
-    return FRESH.isdisjoint(str(getattr(key, "key", key)) for key in path)
+    fresh = {"head", "projection", *spec_of(name).fresh}
+    return fresh.isdisjoint(str(getattr(key, "key", key)) for key in path)
 
 
 def head_kernel(params: PyTree) -> Array:

@@ -6,9 +6,13 @@ A backbone builds its trunk in `setup`, calls `super().setup()` for the head, an
 One that can be entered behind its first layers, where a cell of the image reaches a
 small window only, splits `lower` into `prefix` and `suffix` and declares
 `prefix_windows` (voting/prefix.py).
+
+`site`, int32 [B] or None, travels beside `mode` to every part: parts that differ from
+site to site need it, all others ignore it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,6 +21,7 @@ from flax import linen as nn
 from jax import lax
 
 from cxai_jax.models.lowering import Lowering
+from cxai_jax.models.norm import BatchNorm
 from cxai_jax.types import Array, Mode, Outputs
 
 # Grey levels 0..255: what torchvision's ImageNet weights expect.
@@ -111,6 +116,7 @@ class Backbone(nn.Module):
       dtype: type of the trunk's convolutions and activations; parameters are float32.
       remat: recompute each block in the backward pass, to save memory.
       lowering: "auto", "xla" or "tuned" (models/lowering.py).
+      norm: constructor of the norms, of norm.NORMS.
     """
 
     num_classes: int
@@ -119,17 +125,18 @@ class Backbone(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     lowering: Lowering = "auto"
+    norm: Callable[..., nn.Module] = BatchNorm
 
     def setup(self) -> None:
         self.top = Head(self.num_classes, self.head_kind, name="head")
         if self.projection:
             self.projector = Projection(self.projection, name="projection")
 
-    def lower(self, x: Array, mode: Mode) -> Array:
+    def lower(self, x: Array, mode: Mode, site: Array | None = None) -> Array:
         """Normalised images [B, H, W, 3] -> A3 [B, 2h, 2w, D3]."""
         raise NotImplementedError
 
-    def upper(self, lower: Array, mode: Mode) -> Array:
+    def upper(self, lower: Array, mode: Mode, site: Array | None = None) -> Array:
         """A3 [B, 2h, 2w, D3] -> features [B, h, w, D]."""
         raise NotImplementedError
 
@@ -138,11 +145,11 @@ class Backbone(nn.Module):
         """What the layers of `prefix` read; () for a backbone without that split."""
         return ()
 
-    def prefix(self, x: Array, mode: Mode) -> Array:
+    def prefix(self, x: Array, mode: Mode, site: Array | None = None) -> Array:
         """Normalised images [B, H, W, 3] -> the map that `suffix` starts from."""
         raise NotImplementedError
 
-    def suffix(self, prefix: Array, mode: Mode) -> Array:
+    def suffix(self, prefix: Array, mode: Mode, site: Array | None = None) -> Array:
         """The map of `prefix` -> A3: `lower` is `suffix(prefix(x))`."""
         raise NotImplementedError
 
@@ -154,21 +161,49 @@ class Backbone(nn.Module):
         """Features [B, h, w, D] -> embeddings float32 [B, projection]."""
         return self.projector(features)
 
-    def __call__(self, x: Array, mode: Mode) -> tuple[Array, Outputs]:
+    def __call__(
+        self, x: Array, mode: Mode, site: Array | None = None
+    ) -> tuple[Array, Outputs]:
         """Normalised images [B, H, W, 3] -> logits [B, K] and the maps on the way."""
-        return self._finish(self.lower(x, mode), mode)
+        return self._finish(self.lower(x, mode, site), mode, site)
 
-    def from_prefix(self, prefix: Array, mode: Mode) -> tuple[Array, Outputs]:
+    def from_prefix(
+        self, prefix: Array, mode: Mode, site: Array | None = None
+    ) -> tuple[Array, Outputs]:
         """As `__call__`, from the map of `prefix` on."""
-        return self._finish(self.suffix(prefix, mode), mode)
+        return self._finish(self.suffix(prefix, mode, site), mode, site)
 
-    def _finish(self, lower: Array, mode: Mode) -> tuple[Array, Outputs]:
-        features = self.upper(lower, mode)
+    def _finish(
+        self, lower: Array, mode: Mode, site: Array | None
+    ) -> tuple[Array, Outputs]:
+        features = self.upper(lower, mode, site)
         logits, class_maps = self.top(features)
         if self.projection and self.is_initializing():
             self.project(features)  # Makes its parameters.
         return logits, Outputs(lower, features, class_maps)
 
+    @nn.nowrap
+    def shared(self) -> dict:
+        """The fields that every part of the trunk takes over."""
+        return {"dtype": self.dtype, "lowering": self.lowering, "norm": self.norm}
+
     def rematerialised(self, block: type[nn.Module]) -> type[nn.Module]:
         """`block` itself, or its recomputing form where `remat` asks for it."""
         return nn.remat(block, static_argnums=(2,)) if self.remat else block
+
+
+class BackboneSpec(NamedTuple):
+    """All that is declared of a backbone, in its own file; see `models.MODELS`."""
+
+    # Called with num_classes, the fields of `Backbone` and `options`, by name.
+    build: Callable[..., Backbone]
+    # Input normalisation (x - mean) / std per channel, grey levels 0..255.
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    golden: int  # Parameters with 1000 classes, as published; the tests hold it.
+    # Pretrained weights: (pattern of a module path of the file, ours), by the first
+    # that matches the whole path; ours is a template or a function of the match. ()
+    # for a backbone without pretrained weights.
+    rules: tuple[tuple[str, str | Callable], ...] = ()
+    fresh: tuple[str, ...] = ()  # Modules, beside head and projection, without them.
+    options: tuple[str, ...] = ()  # Fields of config.model that only it knows.

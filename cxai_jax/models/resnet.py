@@ -4,21 +4,31 @@ Symmetric padding, batch norm epsilon 1e-5 and kernel names that follow torchvis
 `layer1_0/conv1/kernel` is `layer1.0.conv1.weight`.
 """
 
+import functools
+from collections.abc import Callable
+
 from flax import linen as nn
 
-from cxai_jax.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Window
+from cxai_jax.models.backbone import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    BackboneSpec,
+    Window,
+)
 from cxai_jax.models.lowering import Lowering, max_pool
-from cxai_jax.models.norm import BatchNorm, ConvNorm
+from cxai_jax.models.norm import ConvNorm
 from cxai_jax.types import Array, Mode
 
-MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
-# Blocks per layer, and whether a block is a bottleneck.
-DEPTHS = {
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet34": ((3, 4, 6, 3), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "resnet101": ((3, 4, 23, 3), True),
-}
+RULES = (
+    (r"conv1", r"conv1"),
+    (r"bn1", r"conv1/norm"),
+    (r"layer(\d)\.(\d+)\.conv(\d)", r"layer\1_\2/conv\3"),
+    (r"layer(\d)\.(\d+)\.bn(\d)", r"layer\1_\2/conv\3/norm"),
+    (r"layer(\d)\.(\d+)\.downsample\.0", r"layer\1_\2/downsample"),
+    (r"layer(\d)\.(\d+)\.downsample\.1", r"layer\1_\2/downsample/norm"),
+    (r"fc", r"head"),
+)
 
 
 class Block(nn.Module):
@@ -28,7 +38,7 @@ class Block(nn.Module):
       width: channels inside the block.
       stride: of the first 3x3 convolution.
       bottleneck: the second form.
-      dtype, lowering: as in `Backbone`.
+      dtype, lowering, norm: as in `Backbone`.
     """
 
     width: int
@@ -36,9 +46,10 @@ class Block(nn.Module):
     bottleneck: bool
     dtype: type
     lowering: Lowering
+    norm: Callable[..., nn.Module]
 
     @nn.compact
-    def __call__(self, x: Array, mode: Mode) -> Array:
+    def __call__(self, x: Array, mode: Mode, site: Array | None = None) -> Array:
         def conv(features: int, k: int, stride: int, name: str) -> ConvNorm:
             return ConvNorm(
                 features,
@@ -47,23 +58,24 @@ class Block(nn.Module):
                 padding=k // 2,
                 dtype=self.dtype,
                 lowering=self.lowering,
+                norm=self.norm,
                 name=name,
             )
 
         if self.bottleneck:
-            y = nn.relu(conv(self.width, 1, 1, "conv1")(x, mode))
-            y = nn.relu(conv(self.width, 3, self.stride, "conv2")(y, mode))
-            y = conv(4 * self.width, 1, 1, "conv3")(y, mode)
+            y = nn.relu(conv(self.width, 1, 1, "conv1")(x, mode, site))
+            y = nn.relu(conv(self.width, 3, self.stride, "conv2")(y, mode, site))
+            y = conv(4 * self.width, 1, 1, "conv3")(y, mode, site)
         else:
-            y = nn.relu(conv(self.width, 3, self.stride, "conv1")(x, mode))
-            y = conv(self.width, 3, 1, "conv2")(y, mode)
+            y = nn.relu(conv(self.width, 3, self.stride, "conv1")(x, mode, site))
+            y = conv(self.width, 3, 1, "conv2")(y, mode, site)
         if x.shape != y.shape:
-            x = conv(y.shape[-1], 1, self.stride, "downsample")(x, mode)
+            x = conv(y.shape[-1], 1, self.stride, "downsample")(x, mode, site)
         return nn.relu(x + y)
 
 
 class ResNet(Backbone):
-    """ResNet of one of DEPTHS: stride 32; `prefix` is the stem and layer1, and `lower`
+    """ResNet of one of SPECS: stride 32; `prefix` is the stem and layer1, and `lower`
     ends with layer3.
 
     Attributes:
@@ -79,8 +91,7 @@ class ResNet(Backbone):
 
     def setup(self) -> None:
         super().setup()
-        common = {"dtype": self.dtype, "lowering": self.lowering}
-        self.stem = ConvNorm(64, 7, 2, padding=3, name="conv1", **common)
+        self.stem = ConvNorm(64, 7, 2, padding=3, name="conv1", **self.shared())
         block = self.rematerialised(Block)
         self.layers = [
             [
@@ -89,7 +100,7 @@ class ResNet(Backbone):
                     stride=2 if i and not j else 1,
                     bottleneck=self.bottleneck,
                     name=f"layer{i + 1}_{j}",
-                    **common,
+                    **self.shared(),
                 )
                 for j in range(depth)
             ]
@@ -98,34 +109,55 @@ class ResNet(Backbone):
         if self.extra_bn:
             expansion = 4 if self.bottleneck else 1
             self.extra = [
-                BatchNorm(
+                self.norm(
                     width * expansion, lowering=self.lowering, name=f"extra_bn{layer}"
                 )
                 for width, layer in ((128, 2), (512, 4))
             ]
 
-    def lower(self, x: Array, mode: Mode) -> Array:
-        return self.suffix(self.prefix(x, mode), mode)
+    def lower(self, x: Array, mode: Mode, site: Array | None = None) -> Array:
+        return self.suffix(self.prefix(x, mode, site), mode, site)
 
     @nn.nowrap
     def prefix_windows(self) -> tuple[Window, ...]:
         convolutions = self.depths[0] * (1 if self.bottleneck else 2)
         return (Window(7, 2, 3), Window(3, 2, 1), *[Window(3, 1, 1)] * convolutions)
 
-    def prefix(self, x: Array, mode: Mode) -> Array:
-        x = nn.relu(self.stem(x, mode))
+    def prefix(self, x: Array, mode: Mode, site: Array | None = None) -> Array:
+        x = nn.relu(self.stem(x, mode, site))
         x = max_pool(x, lowering=self.lowering)
-        return self._layer(1, x, mode)
+        return self._layer(1, x, mode, site)
 
-    def suffix(self, prefix: Array, mode: Mode) -> Array:
-        return self._layer(3, self._layer(2, prefix, mode), mode)
+    def suffix(self, prefix: Array, mode: Mode, site: Array | None = None) -> Array:
+        return self._layer(3, self._layer(2, prefix, mode, site), mode, site)
 
-    def upper(self, lower: Array, mode: Mode) -> Array:
-        return self._layer(4, lower, mode)
+    def upper(self, lower: Array, mode: Mode, site: Array | None = None) -> Array:
+        return self._layer(4, lower, mode, site)
 
-    def _layer(self, layer: int, x: Array, mode: Mode) -> Array:
+    def _layer(self, layer: int, x: Array, mode: Mode, site: Array | None) -> Array:
         for block in self.layers[layer - 1]:
-            x = block(x, mode)
+            x = block(x, mode, site)
         if self.extra_bn and layer in (2, 4):
-            x = nn.relu(self.extra[layer // 2 - 1](x, mode))
+            x = nn.relu(self.extra[layer // 2 - 1](x, mode, site))
         return x
+
+
+def _spec(depths: tuple[int, ...], bottleneck: bool, golden: int) -> BackboneSpec:
+    return BackboneSpec(
+        functools.partial(ResNet, depths=depths, bottleneck=bottleneck),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        golden=golden,
+        rules=RULES,
+        fresh=("extra_bn2", "extra_bn4"),
+        options=("extra_bn",),
+    )
+
+
+# Blocks per layer, and whether a block is a bottleneck.
+SPECS = {
+    "resnet18": _spec((2, 2, 2, 2), False, golden=11_689_512),
+    "resnet34": _spec((3, 4, 6, 3), False, golden=21_797_672),
+    "resnet50": _spec((3, 4, 6, 3), True, golden=25_557_032),
+    "resnet101": _spec((3, 4, 23, 3), True, golden=44_549_160),
+}

@@ -5,11 +5,15 @@
 
 from flax import linen as nn
 
-from cxai_jax.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from cxai_jax.models.backbone import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    BackboneSpec,
+)
 from cxai_jax.models.norm import ConvNorm
 from cxai_jax.types import Array, Mode
 
-MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
 STAGES = ((16, 2), (32, 2), (48, 1), (64, 2))  # (width, stride)
 
 
@@ -25,17 +29,19 @@ class Tiny(Backbone):
                 3,
                 stride,
                 padding=1,
-                dtype=self.dtype,
-                lowering=self.lowering,
                 name=f"stage{index}",
+                **self.shared(),
             )
             for index, (width, stride) in enumerate(STAGES, 1)
         ]
 
-    def lower(self, x: Array, mode: Mode) -> Array:
+    def lower(self, x: Array, mode: Mode, site: Array | None = None) -> Array:
         for stage in self.stages[:-1]:
-            x = nn.relu(stage(x, mode))
+            x = nn.relu(stage(x, mode, site))
         return x
 
-    def upper(self, lower: Array, mode: Mode) -> Array:
-        return nn.relu(self.stages[-1](lower, mode))
+    def upper(self, lower: Array, mode: Mode, site: Array | None = None) -> Array:
+        return nn.relu(self.stages[-1](lower, mode, site))
+
+
+SPEC = BackboneSpec(Tiny, IMAGENET_MEAN, IMAGENET_STD, golden=111_832)

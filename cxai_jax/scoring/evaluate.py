@@ -54,7 +54,7 @@ class Evaluator:
         for batch, rows in pipeline.scoring_batches(
             records, fit, canvas, config.eval.batch_size, self.mesh
         ):
-            out = jax.device_get(self._predict(variables, batch.images))
+            out = jax.device_get(self._predict(variables, batch.images, batch.sites))
             parts.append({name: value[: len(rows)] for name, value in out.items()})
         stacked = {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
         return {

@@ -34,7 +34,11 @@ POINTS = 16  # Of the deletion and insertion curves.
 
 
 def explain_batch(
-    model: nn.Module, scale: Scale, variables: PyTree, images: Array
+    model: nn.Module,
+    scale: Scale,
+    variables: PyTree,
+    images: Array,
+    site: Array | None = None,
 ) -> dict[str, Array]:
     """Maps of the predicted class, and how the probability follows the CAM.
 
@@ -43,6 +47,7 @@ def explain_batch(
       scale: its input normalisation.
       variables: params and batch_stats.
       images: uint8 [B, H, W, C] at the network's size.
+      site: int32 [B], for a network with parts of each site.
 
     Returns:
       probs float32 [B, K]; the signed maps cam, occlusion [B, h, w], gradcam_lower
@@ -51,10 +56,10 @@ def explain_batch(
       the areas under the curves of the CAM [B].
     """
 
-    network = saliency.stages(model, variables, "eval")
+    network = saliency.stages(model, variables, "eval", site)
     lower = network.lower
     network = network._replace(
-        lower=lambda gray: lower(normalise(gray, scale.mean, scale.std))
+        lower=lambda gray, site: lower(normalise(gray, scale.mean, scale.std), site)
     )
 
     def probabilities(gray):
@@ -62,7 +67,7 @@ def explain_batch(
 
     gray = images.astype(jnp.float32)
     logits, out = model.apply(
-        variables, normalise(images, scale.mean, scale.std), "eval"
+        variables, normalise(images, scale.mean, scale.std), "eval", site
     )
     labels = logits.argmax(-1)
     maps = saliency.signed_maps(list(MAPS), network, gray, out, labels)
@@ -124,7 +129,7 @@ def explain(
         config.eval.batch_size,
         mesh,
     ):
-        found = jax.device_get(step(model, scale, variables, batch.images))
+        found = jax.device_get(step(model, scale, variables, batch.images, batch.sites))
         parts.append({name: value[: len(rows)] for name, value in found.items()})
     return {
         "names": np.asarray(records.names, str),

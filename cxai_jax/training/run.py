@@ -25,15 +25,17 @@ from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.training.optimizer import make_optimizer
 
 
-def build_network(config, num_classes: int, *, abstract: bool = False) -> Network:
+def build_network(
+    config, num_classes: int, *, num_sites: int = 0, abstract: bool = False
+) -> Network:
     """Builds the model of a config and fills in pretrained weights where named.
 
     With `abstract` the variables are shapes only, for weights that follow.
     """
-    model = models.build(config.model, num_classes)
+    model = models.build(config.model, num_classes, num_sites=num_sites)
     size = config.data.image_size
-    images = jnp.zeros((1, size, size, 3))
-    initialise = functools.partial(model.init, x=images, mode="eval")
+    images, site = jnp.zeros((1, size, size, 3)), jnp.zeros(1, jnp.int32)
+    initialise = functools.partial(model.init, x=images, mode="eval", site=site)
     key = jax.random.key(config.seed)
     variables = (
         jax.eval_shape(initialise, key) if abstract else jax.jit(initialise)(key)
@@ -54,7 +56,7 @@ def learning_rate_groups(config):
 
     def label(path, _):
         names = tuple(str(getattr(key, "key", key)) for key in path)
-        trunk = config.model.pretrained and models.is_trunk(names)
+        trunk = config.model.pretrained and models.is_trunk(config.model.name, names)
         return "trunk" if trunk else "fresh"
 
     return lambda params: jax.tree_util.tree_map_with_path(label, params)
@@ -181,7 +183,17 @@ def open_run(config, workdir: Path) -> Run:
     started = time.monotonic()
     mesh = meshes.make_mesh()
     sources = load_sources(config)
-    network = build_network(config, len(sources[""].class_names))
+    scored = sources[""]
+    for other in sources.values():
+        if models.needs_site(config.model) and other.site_names != scored.site_names:
+            raise ValueError(
+                f"config.model.norm={config.model.norm!r} has parts for the sites of "
+                f"{scored.name}, {', '.join(scored.site_names)}; {other.name} has "
+                f"others: {', '.join(other.site_names)}"
+            )
+    network = build_network(
+        config, len(scored.class_names), num_sites=len(scored.site_names)
+    )
     evaluator = evaluate.Evaluator(network.model, network.scale, config, mesh)
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
     run = Run(

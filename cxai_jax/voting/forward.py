@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from cxai_jax.data.augment import Scale, normalise
 from cxai_jax.maps.cam import of_class
-from cxai_jax.types import PyTree
+from cxai_jax.types import Array, PyTree
 from cxai_jax.voting import rules
 from cxai_jax.voting.prefix import Crops, plan_crops
 
@@ -59,22 +59,23 @@ def prefix_crops(model: nn.Module, size: int, tta_config) -> Crops | None:
 
 
 def make_first_look(model: nn.Module, scale: Scale, tta_config) -> Callable:
-    """Builds `look(variables, images)`: the forward pass that voting starts from.
+    """Builds `look(variables, images, site)`: the forward pass that voting starts from.
 
-    Images are uint8 [B, H, W, C] at the network's size. Returns a dict: logits and
+    Images are uint8 [B, H, W, C] at the network's size, site is int32 [B] for a network
+    with parts of each site. Returns a dict: logits and
     probs float32 [B, K], class_maps float32 [B, h, w, K]; with tta_config.k > 0 also
     what the votes need, the normalised images and cells int32 [B, k], and where the
     first layers are reused their map, prefix.
     """
 
-    def look(variables, images):
+    def look(variables, images, site=None):
         apply = functools.partial(model.apply, variables)
         images, more = normalise(images, scale.mean, scale.std), {}
         if prefix_crops(model, images.shape[1], tta_config):
-            more["prefix"] = apply(images, "eval", method="prefix")
-            logits, out = apply(more["prefix"], "eval", method="from_prefix")
+            more["prefix"] = apply(images, "eval", site, method="prefix")
+            logits, out = apply(more["prefix"], "eval", site, method="from_prefix")
         else:
-            logits, out = apply(images, "eval")
+            logits, out = apply(images, "eval", site)
         logits = logits.astype(jnp.float32)
         seen = {
             "logits": logits,
@@ -95,59 +96,73 @@ def make_first_look(model: nn.Module, scale: Scale, tta_config) -> Callable:
 
 
 def make_vote_forward(model: nn.Module) -> Callable:
-    """Builds `forward(variables, images) -> probs [N, K]` of normalised images."""
+    """Builds `forward(variables, images, site) -> probs [N, K]`, images normalised."""
 
-    def forward(variables, images):
-        logits, _ = model.apply(variables, images, "eval")
+    def forward(variables, images, site=None):
+        logits, _ = model.apply(variables, images, "eval", site)
         return jax.nn.softmax(logits.astype(jnp.float32))
 
     return forward
 
 
-def split_forward(model: nn.Module, variables: PyTree, crops: Crops) -> rules.Reuse:
-    """`make_vote_forward` in two parts, with its variables filled in."""
+def of_variants(site: Array | None, variants: Array) -> Array | None:
+    """Site of each variant [N, ...] of B images, where those of an image are together.
+
+    Args:
+      site: of the images, int32 [B] or None.
+    """
+    return None if site is None else jnp.repeat(site, len(variants) // len(site))
+
+
+def split_forward(
+    model: nn.Module, variables: PyTree, crops: Crops, site: Array | None = None
+) -> rules.Reuse:
+    """`make_vote_forward` in two parts, with its variables and sites filled in."""
+
+    def prefix(images):
+        own = of_variants(site, images)
+        return model.apply(variables, images, "eval", own, method="prefix")
 
     def suffix(maps):
-        logits, _ = model.apply(variables, maps, "eval", method="from_prefix")
+        own = of_variants(site, maps)
+        logits, _ = model.apply(variables, maps, "eval", own, method="from_prefix")
         return jax.nn.softmax(logits.astype(jnp.float32))
 
-    return rules.Reuse(
-        prefix=lambda images: model.apply(variables, images, "eval", method="prefix"),
-        suffix=suffix,
-        crops=crops,
-    )
+    return rules.Reuse(prefix=prefix, suffix=suffix, crops=crops)
 
 
 def make_next_votes(model: nn.Module, crops: Crops) -> Callable:
-    """Builds `forward(variables, masks, carried, rows, counts)`.
+    """Builds `forward(variables, site, masks, carried, rows, counts)`.
 
     It is `rules.next_votes_of`, for early exit with the first layers reused.
     """
 
-    def forward(variables, *given):
-        return rules.next_votes_of(split_forward(model, variables, crops), *given)
+    def forward(variables, site, masks, carried, rows, counts):
+        own = None if site is None else site[rows]
+        split = split_forward(model, variables, crops, own)
+        return rules.next_votes_of(split, masks, carried, rows, counts)
 
     return forward
 
 
 def make_predict_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
-    """Builds `predict(variables, images) -> {logits, probs, class_maps}`, one graph.
+    """Builds `predict(variables, images, site) -> {logits, probs, class_maps}`.
 
-    As `make_first_look`, but probs are p_0 .. p_k of the test-time masks,
+    One graph. As `make_first_look`, but probs are p_0 .. p_k of the test-time masks,
     float32 [B, k+1, K]: [B, 1, K] where tta_config.k is 0. Every mask is run, so that
     any smaller k and any theta can be read off afterwards.
     """
     look = make_first_look(model, scale, tta_config)
     forward = make_vote_forward(model)
 
-    def predict(variables, images):
-        seen = look(variables, images)
+    def predict(variables, images, site=None):
+        seen = look(variables, images, site)
         probs, reuse = seen["probs"][:, None], None
         if crops := prefix_crops(model, images.shape[1], tta_config):
-            reuse = split_forward(model, variables, crops), seen["prefix"]
+            reuse = split_forward(model, variables, crops, site), seen["prefix"]
         if tta_config.k:
             probs = rules.masked_probs(
-                lambda masked: forward(variables, masked),
+                lambda masked: forward(variables, masked, of_variants(site, masked)),
                 seen["images"],
                 seen["cells"],
                 seen["probs"],
@@ -172,8 +187,8 @@ def make_voting_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
     """
     predict = make_predict_step(model, scale, tta_config)
 
-    def vote(variables, images):
-        out = predict(variables, images)
+    def vote(variables, images, site=None):
+        out = predict(variables, images, site)
         if tta_config.k:
             votes = rules.votes_for(
                 out["probs"], theta=tta_config.theta, k=tta_config.k

@@ -189,7 +189,8 @@ def masked_probs(
     the whole batch, so a batch sharded over devices stays where it is.
 
     Args:
-      forward: images [N, H, W, C] -> probabilities [N, K].
+      forward: images [N, H, W, C] -> probabilities [N, K]; the variants of an image
+        follow one another, as many of each.
       images: normalised [B, H, W, C].
       cells: int [B, k], from `rank_cells`.
       first: probabilities of the unmasked images [B, K]; their forward pass has
@@ -379,10 +380,11 @@ def vote_early(
     so that few shapes are compiled.
 
     Args:
-      forward: jitted; images [N, H, W, C] -> probabilities [N, K], for any N <= chunk.
-        It must give an image the same probabilities in any batch (eval mode does, up
-        to float rounding at the threshold). With `carried` it is `next_votes_of`
-        behind its first argument, which may donate `carried`.
+      forward: jitted; images [N, H, W, C] and whose variants they are, int [N] in
+        0..B-1, -> probabilities [N, K], for any N <= chunk. It must give an image the
+        same probabilities in any batch (eval mode does, up to float rounding at the
+        threshold). With `carried` it is `next_votes_of` behind its first argument,
+        which may donate `carried`.
       images: normalised [B, H, W, C].
       cells: int [B, k], from `rank_cells`.
       first: probabilities of the unmasked images [B, K].
@@ -439,8 +441,9 @@ def _run_packed(
         row, turn = rows[start : start + chunk], turns[start : start + chunk]
         room = min(chunk, _power_of_two(row.size))
         filler = (0, room - row.size)
-        variants = masked_rows(masks, np.pad(row, filler), np.pad(turn, filler) + 1)
-        votes[row, turn] = np.asarray(forward(variants))[: row.size]
+        of = np.pad(row, filler)
+        variants = masked_rows(masks, of, np.pad(turn, filler) + 1)
+        votes[row, turn] = np.asarray(forward(variants, of))[: row.size]
         forwards += room
     return forwards
 

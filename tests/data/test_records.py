@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from cxai_jax.data.records import Mapped, Records, concatenate, fingerprint
+from cxai_jax.data.records import Dataset, Mapped, Records, concatenate, fingerprint
 
 
 class Counted(list):
@@ -54,6 +54,8 @@ def test_subset_keeps_the_columns_together(rows):
 def test_concatenate_joins_rows_and_fills_missing_masks():
     joined = concatenate([records(2, masks=True), records(3, site=1)])
     assert joined.sites.tolist() == [0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="an image of test is of site 1, but site_n"):
+        Dataset("x", {"test": joined}, ("a", "b"), ("one",), 1, "", "")
     assert [int(image[0, 0, 0]) for image in joined.images] == [0, 1, 10, 11, 12]
     assert [mask is None for mask in joined.lung_masks] == [False] * 2 + [True] * 3
     assert joined.lesion_masks is None

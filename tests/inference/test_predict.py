@@ -190,6 +190,78 @@ def test_every_column_is_explained(whole):
     for column in table(whole)[0]:
         name = "p_CLASS" if column.startswith("p_") else column
         assert f"`{name}`" in explained, column
+    assert "`label@SITE`, `p_CLASS@SITE`" in explained
+
+
+@pytest.fixture(scope="module")
+def run_of_sites(tmp_path_factory):
+    """As `run`, with norms of each site."""
+    workdir = tmp_path_factory.mktemp("run_of_sites")
+    return workdir, *make_run(workdir, norm="per_site")
+
+
+def test_a_network_of_sites_answers_as_the_named_one_or_as_each(
+    run_of_sites, scans, tmp_path
+):
+    model = predictor.load(run_of_sites[0])
+    first, second = model.site_names
+    answers = {}
+    for wanted in (first, second, "each"):
+        out = tmp_path / wanted
+        assert command(run_of_sites, out, f"--site={wanted}", "--images", scans) == 0
+        answers[wanted] = table(out)
+    chances = [f"p_{name}" for name in model.class_names]
+    for alone, other, both in zip(*answers.values(), strict=True):
+        assert "label@" not in "".join(alone)
+        assert alone[chances[0]] != other[chances[0]]
+        for site, row in ((first, alone), (second, other)):
+            assert both[f"label@{site}"] == row["label"]
+            assert [both[f"{c}@{site}"] for c in chances] == [row[c] for c in chances]
+        means = [(float(alone[c]) + float(other[c])) / 2 for c in chances]
+        found = [float(both[c]) for c in chances]
+        np.testing.assert_allclose(found, means, atol=1e-6)
+        assert both["label_before"] == model.class_names[np.argmax(found)]
+        assert both["label"] in (alone["label"], other["label"])
+        assert both["opposing_votes"] == both["votes_cast"] == ""
+    page = (tmp_path / "each" / "report.html").read_text()
+    assert "By site" in page and f"{first}: " in page
+    assert "By site" not in (tmp_path / first / "report.html").read_text()
+
+
+def test_a_site_that_the_run_does_not_know_is_one_line(
+    run, run_of_sites, scans, tmp_path, capsys
+):
+    names = ", ".join(predictor.load(run_of_sites[0]).site_names)
+    ending = f"of its own for every site; give --site=each or one of {names}\n"
+    for given, options, said in (
+        (run_of_sites, [], "--site is missing: the network of this run"),
+        (run_of_sites, ["--site=C"], "--site=C is no site: the network of this run"),
+        (run, ["--site=A"], "--site=A: this run's network is the same for every site"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            command(given, tmp_path / "out", *options, "--images", scans)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and said in error
+        assert given is run or error.endswith(ending)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_image_is_voted_on_as_of_its_own_site(run_of_sites):
+    """A batch of both sites in one graph, and with early exit, as one by one."""
+    model = predictor.load(run_of_sites[0])
+    images = np.random.default_rng(3).integers(0, 255, (3, 32, 32, 1), np.uint8)
+    site, mesh = np.array([1, 0, 1]), make_mesh()
+    step = jax.jit(make_predict_step(model.model, model.scale, model.config.tta))
+    out = step(model.variables, images, site)
+    early = predictor.Predictor(model, mesh)(images, site)
+    for i in range(3):
+        alone = step(model.variables, images[i : i + 1], site[i : i + 1])
+        np.testing.assert_allclose(out["probs"][i], alone["probs"][0], atol=1e-5)
+    votes = rules.votes_for(out["probs"], theta=model.config.tta.theta, k=3)
+    np.testing.assert_array_equal(early.after, votes.labels)
+    np.testing.assert_allclose(early.probs, out["probs"][:, 0], atol=1e-5)
+    with pytest.raises(ValueError, match="pass site"):
+        predictor.Predictor(model, mesh)(images)
 
 
 def test_a_stopped_prediction_continues(run, scans, whole, tmp_path, monkeypatch):
@@ -343,9 +415,9 @@ model = load(Path(sys.argv[1]))
 images = np.load(sys.argv[2])
 predictor = Predictor(model, mesh.make_mesh())
 forward, shares = predictor._forward, set()
-def watched(variables, masked):
+def watched(variables, masked, site):
     shares.add(len(masked) // masked.sharding.shard_shape(masked.shape)[0])
-    return forward(variables, masked)
+    return forward(variables, masked, site)
 predictor._forward = watched
 print(*predictor(images).after, shares)
 devices = mesh.make_mesh()

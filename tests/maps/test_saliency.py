@@ -60,8 +60,8 @@ def head(params, features):
 
 def network(params):
     return saliency.Explained(
-        lambda x: lower(params, x),
-        lambda a: upper(params, a),
+        lambda x, site: lower(params, x),
+        lambda a, site: upper(params, a),
         lambda f: head(params, f),
     )
 

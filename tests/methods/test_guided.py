@@ -38,9 +38,11 @@ def one_step(row="full", batch=None, **changes):
     config = demo.get_config(row)
     config.data.image_size = SIZE
     config.update_from_flattened_dict(changes)
-    model = models.build(config.model, 2)
-    size = jnp.zeros((1, SIZE, SIZE, 3))
-    variables = jax.jit(lambda key: model.init(key, size, "eval"))(jax.random.key(0))
+    model = models.build(config.model, 2, num_sites=2)
+    size, site = jnp.zeros((1, SIZE, SIZE, 3)), jnp.zeros(1, jnp.int32)
+    variables = jax.jit(lambda key: model.init(key, size, "eval", site))(
+        jax.random.key(0)
+    )
     optimizer = make_optimizer(
         config.optim, 100, lambda p: jax.tree.map(lambda _: "fresh", p)
     )
@@ -84,6 +86,23 @@ def test_the_step_counts_and_moves_every_parameter(full):
         jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True
     ):
         assert np.isfinite(new).all() and not np.array_equal(old, new)
+
+
+def test_every_image_moves_the_statistics_of_its_own_site():
+    changes = {"model.norm": "per_site", "align.weight": 1.0}
+    changes["align.maps"] = ("cam", "gradcam_lower", "input_gradient")
+    changes["align.input_grad_fraction"] = 0.5
+    batch = batch_of()._replace(sites=jnp.ones(B, jnp.int32))
+    before, after, metrics = one_step(batch=batch, **changes)
+    assert np.isfinite(list(metrics.values())).all()
+    stats = zip(
+        jax.tree.leaves(before.batch_stats),
+        jax.tree.leaves(after.batch_stats),
+        strict=True,
+    )
+    for old, new in stats:
+        np.testing.assert_array_equal(new[0], old[0])
+        assert np.abs(new[1] - old[1]).min() > 0
 
 
 def test_constant_maps_are_counted_and_a_nan_map_reaches_the_loss(full, monkeypatch):
@@ -165,7 +184,7 @@ def test_images_are_contrasted_on_their_projection():
         old, new = (flatten_dict(s.params, sep="/")[name] for s in (before, after))
         assert not np.allclose(old, new), name
     assert before.params["projection"]["output"]["kernel"].shape == (1024, 128)
-    assert not models.is_trunk(("projection", "hidden", "kernel"))
+    assert not models.is_trunk("tiny", ("projection", "hidden", "kernel"))
 
 
 def test_contrast_needs_a_projection():

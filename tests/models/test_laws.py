@@ -11,28 +11,33 @@ from flax.traverse_util import flatten_dict
 from configs.common import get_config
 from cxai_jax import models
 from cxai_jax.models.lowering import conv
-from cxai_jax.models.norm import BatchNorm, ConvNorm
+from cxai_jax.models.norm import NORMS, BatchNorm, ConvNorm
 
-# Parameters with 1000 classes (as torchvision and TensorFlow count them), grid, D, D3.
-GOLDEN = {
-    "tiny": (111_832, 8, 64, 48),
-    "resnet18": (11_689_512, 2, 512, 256),
-    "resnet34": (21_797_672, 2, 512, 256),
-    "resnet50": (25_557_032, 2, 2048, 1024),
-    "resnet101": (44_549_160, 2, 2048, 1024),
-    "efficientnet_lite0": (4_652_008, 2, 1280, 112),
+# Of 64-pixel images: grid, D, D3.
+SHAPES = {
+    "tiny": (8, 64, 48),
+    "resnet18": (2, 512, 256),
+    "resnet34": (2, 512, 256),
+    "resnet50": (2, 2048, 1024),
+    "resnet101": (2, 2048, 1024),
+    "efficientnet_lite0": (2, 1280, 112),
 }
+SITES = jnp.array([1, 0, 1], jnp.int32)  # Of `images`; ignored by plain norms.
 EVERY = pytest.mark.parametrize("name", models.MODELS)
 RUN = pytest.mark.parametrize(
-    "name",
-    [n if n == "tiny" else pytest.param(n, marks=pytest.mark.slow) for n in GOLDEN],
+    "name,norm",
+    [
+        pytest.param(name, norm, marks=[pytest.mark.slow] * (name != "tiny"))
+        for name in models.MODELS
+        for norm in NORMS
+    ],
 )
 
 
 def build(name, num_classes=3, **fields):
     config = get_config().model
     config.update({"name": name, **fields})
-    return models.build(config, num_classes)
+    return models.build(config, num_classes, num_sites=2)
 
 
 def images(count=3, size=64):
@@ -43,14 +48,15 @@ def images(count=3, size=64):
 
 def initialise(model, x):
     """Variables with statistics and scales away from 0 and 1."""
-    variables = jax.jit(lambda key: model.init(key, x, "eval"))(jax.random.key(0))
+    site = SITES[: len(x)]
+    variables = jax.jit(lambda key: model.init(key, x, "eval", site))(jax.random.key(0))
     rng = np.random.default_rng(1)
     return jax.tree.map(
         lambda v: (
             v * jnp.asarray(rng.uniform(0.8, 1.2, v.shape), v.dtype)
             + (
                 0.1 * jnp.asarray(rng.uniform(size=v.shape), v.dtype)
-                if v.ndim < 2
+                if v.ndim < 2 or v.shape[0] == 2  # Of each site.
                 else 0
             )
         ),
@@ -60,18 +66,21 @@ def initialise(model, x):
 
 def shapes(name, num_classes=1000, size=64, **fields):
     model = build(name, num_classes, **fields)
-    x = jnp.zeros((2, size, size, 3))
+    x, site = jnp.zeros((2, size, size, 3)), SITES[:2]
     variables = jax.eval_shape(
-        lambda key: model.init(key, x, "eval"), jax.random.key(0)
+        lambda key: model.init(key, x, "eval", site), jax.random.key(0)
     )
-    return variables, jax.eval_shape(lambda v: model.apply(v, x, "eval"), variables)
+    return variables, jax.eval_shape(
+        lambda v: model.apply(v, x, "eval", site), variables
+    )
 
 
 @EVERY
 def test_shapes_and_parameter_count(name):
     variables, (logits, out) = shapes(name)
-    count, grid, features, lower = GOLDEN[name]
-    assert sum(p.size for p in jax.tree.leaves(variables["params"])) == count
+    grid, features, lower = SHAPES[name]
+    counted = sum(p.size for p in jax.tree.leaves(variables["params"]))
+    assert counted == models.MODELS[name].golden
     assert logits.shape == (2, 1000)
     assert out.features.shape == (2, grid, grid, features)
     assert out.lower.shape == (2, 2 * grid, 2 * grid, lower)
@@ -80,18 +89,31 @@ def test_shapes_and_parameter_count(name):
 
 
 @EVERY
+def test_every_site_has_norms_of_its_own_and_nothing_else(name):
+    plain, _ = shapes(name)
+    per_site, _ = shapes(name, norm="per_site")
+    plain, per_site = (flatten_dict(v, sep="/") for v in (plain, per_site))
+    assert plain.keys() == per_site.keys()
+    for path, variable in per_site.items():
+        own = (2,) if "norm/" in path else ()
+        assert variable.shape == own + plain[path].shape, path
+
+
+@EVERY
 def test_only_head_projection_and_extra_norms_are_fresh(name):
     fields = {"extra_bn": True} if name.startswith("resnet") else {}
     variables, _ = shapes(name, projection=8, **fields)
-    fresh = {p for p in flatten_dict(variables["params"]) if not models.is_trunk(p)}
+    fresh = {
+        p for p in flatten_dict(variables["params"]) if not models.is_trunk(name, p)
+    }
     weights = ("kernel", "bias")
     expected = {("head", n) for n in weights}
     expected |= {("projection", i, n) for i in ("hidden", "output") for n in weights}
     if fields:
         expected |= {(f"extra_bn{i}", n) for i in (2, 4) for n in ("scale", "bias")}
     assert fresh == expected
-    assert models.is_trunk((jax.tree_util.DictKey("stem"),))
-    assert not models.is_trunk((jax.tree_util.DictKey("head"),))
+    assert models.is_trunk(name, (jax.tree_util.DictKey("stem"),))
+    assert not models.is_trunk(name, (jax.tree_util.DictKey("head"),))
 
 
 def test_names_follow_torchvision():
@@ -115,16 +137,17 @@ def test_bfloat16_keeps_float32_logits_maps_and_statistics(name):
 
 
 @RUN
-def test_laws(name):
-    model, x = build(name), images()
+def test_laws(name, norm):
+    model, x = build(name, norm=norm), images()
     variables = initialise(model, x)
 
     @jax.jit
     def run(variables, x):
-        apply = functools.partial(model.apply, variables)
+        apply = functools.partial(model.apply, variables, site=SITES)
+        head = functools.partial(model.apply, variables, method="head")
         logits, out = apply(x, "explain")
         lower = apply(x, "explain", method="lower")
-        staged = apply(apply(lower, "explain", method="upper"), method="head")
+        staged = head(apply(lower, "explain", method="upper"))
         first = jax.grad(lambda x, mode: apply(x, mode)[0][0].sum())
         (trained, _), updated = apply(x, "train", mutable=["batch_stats"])
         stats = {

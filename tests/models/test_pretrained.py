@@ -390,6 +390,24 @@ def test_a_hub_id_reads_its_safetensors_file(monkeypatch, tmp_path):
     same(pretrained.read_tensors("timm/resnet50.tv_in1k"), SMALL)
 
 
+def test_pretrained_weights_fill_every_site_alike(tensors):
+    config = get_config().model
+    config.update({"name": "resnet18", "norm": "per_site"})
+    model, site = models.build(config, 1000, num_sites=3), jnp.zeros(1, jnp.int32)
+    start = jax.eval_shape(
+        lambda key: model.init(key, jnp.zeros((1, 64, 64, 3)), "eval", site),
+        jax.random.key(0),
+    )
+    filled, summary = pretrained.fill(tensors, "resnet18", start)
+    assert summary["fresh"] == []
+    plain, _ = pretrained.fill(tensors, "resnet18", variables_of("resnet18"))
+    for path, value in flatten_dict(plain).items():
+        found = flatten_dict(filled)[path]
+        if "norm" in path:
+            assert found.shape == (3, *value.shape)
+        np.testing.assert_array_equal(found, np.broadcast_to(value, found.shape))
+
+
 def test_load_pretrained_names_source_and_model(tmp_path, tensors):
     np.savez(tmp_path / "w.npz", **tensors)
     spec = str(tmp_path / "w.npz")

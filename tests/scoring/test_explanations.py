@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cxai_jax import mesh as meshes
+from cxai_jax import models
 from cxai_jax.data import phantom
 from cxai_jax.data.augment import PER_IMAGE, Scale
 from cxai_jax.data.records import Records
@@ -20,7 +21,7 @@ from cxai_jax.scoring import explanations
 from experiments import alignment, shortcut
 
 SIZE, GRID, NUMBER = 32, 4, 6
-SCALE = Scale(tiny.MEAN, tiny.STD)
+SCALE = Scale(*models.normalisation("tiny"))
 
 
 def records():

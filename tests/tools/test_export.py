@@ -56,6 +56,25 @@ def test_exported_equals_live(run, tmp_path, votes):
             np.testing.assert_array_equal(out["label"][name], expected == i)
 
 
+def test_a_file_is_for_one_site(tmp_path, capsys):
+    workdir, file = tmp_path / "run", tmp_path / "model.bin"
+    workdir.mkdir()
+    make_run(workdir, norm="per_site")
+    options = [f"--workdir={workdir}", f"--out={file}"]
+    model = predictor.load(workdir)
+    images = np.random.default_rng(0).integers(0, 255, (2, 32, 32), np.uint8)
+    export_model.main([*options, f"--site={model.site_names[1]}"])
+    exported = jax.export.deserialize(bytearray(file.read_bytes()))
+    model.config.tta.k = 0
+    predict = jax.jit(make_predict_step(model.model, model.scale, model.config.tta))
+    live = predict(model.variables, images[..., None], np.ones(2, np.int32))
+    for i, chances in enumerate(exported.call(images)["probability"].values()):
+        np.testing.assert_allclose(chances, live["probs"][:, 0, i], atol=1e-5)
+    with pytest.raises(SystemExit):
+        export_model.main([*options, "--site=each"])
+    assert "a file is for one site; export one for each" in capsys.readouterr().err
+
+
 def test_the_reader_needs_no_package_of_ours(run, tmp_path):
     file, images = tmp_path / "model.bin", tmp_path / "images.npy"
     export_model.main([f"--workdir={run}", f"--out={file}"])

@@ -1,5 +1,7 @@
 """`--mode=check` on the phantom, its warnings, and the flags of several hosts."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from absl import flags
@@ -92,6 +94,19 @@ def test_what_deserves_a_look_is_marked():
     assert "gray level" in marked[1]
     assert "not examined" in marked[2] and len(marked) == 3
     assert "positive class b" in lines[0]
+
+
+def test_norms_of_each_site_need_the_same_sites_everywhere(tmp_path, monkeypatch):
+    first, second = (
+        SimpleNamespace(name=name, site_names=sites, class_names=("a", "b"))
+        for name, sites in (("x", ("A", "B")), ("y", ("C",)))
+    )
+    sources = {"": first, "y": second}
+    monkeypatch.setattr(runs, "load_sources", lambda config: sources)
+    config = demo.get_config()
+    config.model.norm = "per_site"
+    with pytest.raises(ValueError, match="the sites of x, A, B; y has others: C"):
+        runs.open_run(config, tmp_path)
 
 
 def test_training_without_an_image_of_a_class_is_refused():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from configs.common import get_config
 from cxai_jax import models
@@ -13,10 +14,10 @@ from cxai_jax.data.augment import Scale
 from cxai_jax.inference import predictor
 from cxai_jax.mesh import make_mesh
 from cxai_jax.models import resnet
-from cxai_jax.models.backbone import Window
-from cxai_jax.voting import forward, rules
+from cxai_jax.models.backbone import Backbone, Window
+from cxai_jax.models.norm import ConvNorm, PerSiteBatchNorm
+from cxai_jax.voting import forward, prefix, rules
 from cxai_jax.voting.forward import make_predict_step
-from cxai_jax.voting.prefix import nested_maps, plan_crops, reached
 
 
 def build(name):
@@ -57,7 +58,7 @@ LAYERS = {
 @pytest.mark.parametrize(("size", "grid"), [(64, 8), (224, 28), (90, 18)])
 def test_crops_renew_exactly_what_a_cell_reaches(layers, size, grid):
     windows, random = LAYERS[layers], np.random.default_rng(size)
-    crops = plan_crops(windows, size, grid)
+    crops = prefix.plan_crops(windows, size, grid)
     patch, step = size // grid, int(np.prod([w.stride for w in windows]))
     assert (crops.origins % step == 0).all()
     assert (crops.origins >= 0).all() and (crops.origins + crops.side <= size).all()
@@ -71,7 +72,9 @@ def test_crops_renew_exactly_what_a_cell_reaches(layers, size, grid):
         changed = image.copy()
         changed[square([c * patch for c in cell], patch)] += 1000
         after = slow_maps(windows, changed, kernels)
-        spans = [reached(windows, size, c * patch, (c + 1) * patch) for c in cell]
+        spans = [
+            prefix.reached(windows, size, c * patch, (c + 1) * patch) for c in cell
+        ]
         expected = np.zeros(after.shape, bool)
         expected[tuple(slice(*span) for span in spans)] = True
         np.testing.assert_array_equal(after != before, expected)
@@ -88,16 +91,16 @@ def test_crops_renew_exactly_what_a_cell_reaches(layers, size, grid):
 def test_published_window_sizes():
     """What performance.md counts for 8-pixel cells of a 224-pixel image."""
     windows = build("resnet50").prefix_windows()
-    sides = [plan_crops(windows[:n], 224, 28).window for n in (1, 2, 5)]
+    sides = [prefix.plan_crops(windows[:n], 224, 28).window for n in (1, 2, 5)]
     assert sides == [7, 5, 11]
-    assert plan_crops(windows, 224, 28).side <= 104
+    assert prefix.plan_crops(windows, 224, 28).side <= 104
 
 
 def test_impossible_geometry_is_refused():
     with pytest.raises(ValueError, match="a grid of 9 cells does not divide 64 pixels"):
-        plan_crops([Window(3)], 64, 9)
+        prefix.plan_crops([Window(3)], 64, 9)
     with pytest.raises(ValueError, match="images of 8 pixels are too small"):
-        plan_crops([Window(9)], 8, 2)
+        prefix.plan_crops([Window(9)], 8, 2)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "on", "off"])
@@ -151,7 +154,7 @@ def network():
         ),
         shapes,
     )
-    return model, variables, images, Scale(resnet.MEAN, resnet.STD)
+    return model, variables, images, Scale(*models.normalisation("resnet18"))
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +181,16 @@ def test_maps_are_bitwise_those_of_the_full_pass(network):
 
     @jax.jit
     def run(variables, masks, variants):
-        prefix = functools.partial(model.apply, variables, mode="eval", method="prefix")
-        crops = plan_crops(model.prefix_windows(), SIZE, GRID)
-        carried, counts = prefix(masks.images), jnp.arange(K) + 1
+        first = functools.partial(model.apply, variables, mode="eval", method="prefix")
+        crops = prefix.plan_crops(model.prefix_windows(), SIZE, GRID)
+        carried, counts = first(masks.images), jnp.arange(K) + 1
         parts = []
         for start, stop in ((0, 2), (2, K)):
             order, value = masks.order, masks.value
             some = (masks.cells[:, start:stop], order, value, counts[start:stop])
-            parts.append(nested_maps(prefix, crops, carried, masks.images, *some))
+            parts.append(prefix.nested_maps(first, crops, carried, masks.images, *some))
             carried = parts[-1][:, -1]
-        whole = prefix(variants.reshape(-1, SIZE, SIZE, 3))
+        whole = first(variants.reshape(-1, SIZE, SIZE, 3))
         return jnp.concatenate(parts, 1), whole.reshape(2, K + 1, *whole.shape[1:])
 
     got, whole = run(variables, masks, variants)
@@ -207,13 +210,74 @@ def test_the_predictor_reuses_and_stops_early_with_the_same_labels(network, outc
     config = get_config()
     config.data.image_size, config.eval.batch_size = SIZE, len(images)
     config.tta.update({"prefix_reuse": "on", "k": K, "theta": splitting(probs)})
-    given = predictor.Trained(config, ["a", "b"], 1, model, scale, variables, 0)
+    given = predictor.Trained(config, ["a", "b"], [""], 1, model, scale, variables, 0)
     got = predictor.Predictor(given, make_mesh(1))(images)
     full = rules.votes_for(probs, theta=config.tta.theta, k=K)
     np.testing.assert_array_equal(got.after, full.labels)
     np.testing.assert_array_equal(got.before, full.original)
     np.testing.assert_array_equal(got.probs, probs[:, 0])
     assert got.cast.max() > K // 2, "no image was left for a second round"
+
+
+class TwoLayers(Backbone):
+    """A layer that can be reused, and another one."""
+
+    def setup(self):
+        super().setup()
+        self.first = ConvNorm(8, 3, padding=1, **self.shared())
+        self.last = ConvNorm(8, 3, 2, padding=1, **self.shared())
+
+    @nn.nowrap
+    def prefix_windows(self):
+        return (Window(3, 1, 1),)
+
+    def prefix(self, x, mode, site=None):
+        return jax.nn.relu(self.first(x, mode, site))
+
+    def suffix(self, prefix, mode, site=None):
+        return prefix
+
+    def lower(self, x, mode, site=None):
+        return self.prefix(x, mode, site)
+
+    def upper(self, lower, mode, site=None):
+        return jax.nn.relu(self.last(lower, mode, site))
+
+
+def test_reused_layers_are_those_of_every_images_own_site():
+    norm = functools.partial(PerSiteBatchNorm, num_sites=2)
+    model, random = TwoLayers(2, norm=norm), np.random.default_rng(0)
+    images = random.integers(0, 255, (3, 24, 24, 1), np.uint8)
+    site = np.array([1, 0, 1], np.int32)
+    x = jnp.zeros((3, 24, 24, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, "eval", site))
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, v: jnp.asarray(
+            random.normal(size=v.shape) / 4
+            if "kernel" in str(path)
+            else random.uniform(0.5, 1.5, v.shape),
+            v.dtype,
+        ),
+        shapes,
+    )
+    config = get_config()
+    config.data.image_size, config.eval.batch_size = 24, 3
+    scale, probs = Scale((127.0,) * 3, (60.0,) * 3), {}
+    for wanted in ("on", "off"):
+        config.tta.update({"prefix_reuse": wanted, "k": 4, "chunk": 6})
+        step = jax.jit(make_predict_step(model, scale, config.tta))
+        probs[wanted] = np.asarray(step(variables, images, site)["probs"])
+    assert np.abs(np.diff(probs["off"], axis=1)).min((1, 2)).max() > 1e-4
+    np.testing.assert_allclose(probs["on"], probs["off"], atol=1e-5)
+    others = step(variables, images, 1 - site)["probs"]
+    assert np.abs(others - probs["off"]).max((1, 2)).min() > 1e-3
+    config.tta.update({"prefix_reuse": "on", "theta": splitting(probs["off"])})
+    given = predictor.Trained(
+        config, ["a", "b"], ["A", "B"], 1, model, scale, variables, 0
+    )
+    got = predictor.Predictor(given, make_mesh(1))(images, site)
+    full = rules.votes_for(probs["off"], theta=config.tta.theta, k=4)
+    np.testing.assert_array_equal(got.after, full.labels)
 
 
 def splitting(probs):
@@ -233,7 +297,7 @@ def test_reuse_holds_for_any_packing_of_the_votes(chunk):
     cells = jnp.asarray(cells, jnp.int32)
     weights = jnp.asarray(random.integers(-9, 9, (size, size, 1)), jnp.float32)
 
-    def prefix(x):
+    def first_layers(x):
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         rows = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
         return rows[:, :, :-2] + 3 * rows[:, :, 1:-1] + rows[:, :, 2:]
@@ -242,17 +306,19 @@ def test_reuse_holds_for_any_packing_of_the_votes(chunk):
         positive = jax.nn.sigmoid((maps * weights).sum((1, 2, 3)) / 2000)
         return jnp.stack([1 - positive, positive], -1)
 
-    crops = plan_crops([Window(3, 1, 1)], size, grid)
-    split = rules.Reuse(prefix, suffix, crops)
-    first = suffix(prefix(images))
+    crops = prefix.plan_crops([Window(3, 1, 1)], size, grid)
+    split = rules.Reuse(first_layers, suffix, crops)
+    first = suffix(first_layers(images))
     variants = rules.masked_images(images, cells, grid=grid)
-    whole = suffix(prefix(variants.reshape(-1, size, size, 1))).reshape(batch, k + 1, 2)
+    whole = suffix(first_layers(variants.reshape(-1, size, size, 1))).reshape(
+        batch, k + 1, 2
+    )
     all_votes = functools.partial(
         rules.masked_probs, None, grid=grid, fill="min", chunk=chunk
     )
-    got = jax.jit(lambda *given: all_votes(*given, reuse=(split, prefix(images))))(
-        images, cells, first
-    )
+    got = jax.jit(
+        lambda *given: all_votes(*given, reuse=(split, first_layers(images)))
+    )(images, cells, first)
     np.testing.assert_allclose(got, whole, rtol=1e-6)
     theta = splitting(np.asarray(whole))
     early = rules.vote_early(
@@ -264,7 +330,7 @@ def test_reuse_holds_for_any_packing_of_the_votes(chunk):
         grid=grid,
         chunk=chunk,
         step=2,
-        carried=prefix(images),
+        carried=first_layers(images),
     )
     full = rules.votes_for(whole, theta=theta, k=k)
     np.testing.assert_array_equal(early.labels, full.labels)

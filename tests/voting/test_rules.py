@@ -59,7 +59,7 @@ def scene(probs, grid=6):
     table = jnp.asarray(probs, jnp.float32)
 
     @jax.jit
-    def forward(images):
+    def forward(images, rows=None):
         number = images[:, -1, -1, 0].astype(jnp.int32) - 2
         return table[number, (images == 0).sum((1, 2, 3))]
 

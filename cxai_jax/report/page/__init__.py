@@ -37,6 +37,7 @@ class Row(NamedTuple):
     truth: str = ""
     picture: bytes = b""  # JPEG.
     link: str = ""  # Where the full picture lies, relative to the page.
+    answers: Sequence[str] = ()  # Of each site, where several were asked.
 
 
 def least_certain(certainty: Sequence[float]) -> np.ndarray:
@@ -68,6 +69,7 @@ def image_table(rows: Sequence[Row], class_names, positive: int) -> str:
         "True": any(row.truth for row in rows),
         f"Probability of {class_names[positive]}": True,
         "Label": True,
+        "By site": any(row.answers for row in rows),
         "Votes against": voted,
         "Flags": any(row.flags for row in rows),
         "Patient": any(row.patient for row in rows),
@@ -119,6 +121,7 @@ def _image_row(row: Row, shown, columns, class_names) -> str:
         ("", escape(row.truth)),
         (f"{row.probability:.6f}", f"{percent(row.probability)}{bar}"),
         ("", label),
+        ("", "<br>".join(map(escape, row.answers))),
         ("" if row.opposing is None else row.opposing, against),
         (len(row.flags), flags),
         ("", escape(row.patient)),
