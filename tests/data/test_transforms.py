@@ -162,13 +162,17 @@ def test_resizing_agrees_with_a_float64_triangle_filter():
     )
 
 
-def test_png_round_trip_and_its_refusal_of_colour():
-    np.testing.assert_array_equal(
-        transforms.decode_png(transforms.encode_png(RAMP[..., None]))[..., 0], RAMP
-    )
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_round_trip(channels):
+    image = np.stack([RAMP, RAMP[::-1], 255 - RAMP][:channels], -1)
+    stored = transforms.decode_png(transforms.encode_png(image))
+    np.testing.assert_array_equal(stored, image)
+
+
+def test_a_stored_image_is_gray_or_colour():
     buffer = io.BytesIO()
-    Image.fromarray(RAMP).convert("RGB").save(buffer, "PNG")
-    with pytest.raises(ValueError, match="mode RGB, expected L"):
+    Image.fromarray(RAMP).convert("RGBA").save(buffer, "PNG")
+    with pytest.raises(ValueError, match="mode RGBA, expected L .gray. or RGB"):
         transforms.decode_png(buffer.getvalue())
 
 
