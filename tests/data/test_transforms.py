@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxai_jax import augment
-from cxai_jax.data import transforms
+from cxai_jax.data import augment, transforms
 from experiments import resampling
 
 RAMP = np.linspace(0, 255, 12 * 10).round().astype(np.uint8).reshape(12, 10)
