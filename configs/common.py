@@ -100,6 +100,11 @@ def get_config() -> ConfigDict:
     config.optim = optim = ConfigDict()
     optim.lr_trunk = 0.001  # Learning rate of pretrained parameters (A20).
     optim.lr_fresh = 0.01  # Learning rate of all others; everything if no weights.
+    # Rules EXPRESSION=GROUP, e.g. ("head/.*=fresh", "stage4/.*=0.003:cosine",
+    # ".*=frozen"): the first expression that matches a parameter's whole name decides.
+    # Groups: trunk and fresh (the rates above), frozen, RATE or RATE:SCHEDULE. ():
+    # pretrained parameters are trunk, all others fresh.
+    optim.groups = ()
     optim.momentum = 0.9  # Nesterov.
     optim.weight_decay = 1e-4  # L2, coupled, on all parameters, norms included.
     optim.schedule = "multistep"  # multistep | cosine | constant.
@@ -167,6 +172,16 @@ def lite0(config):
     config.model.pretrained = "lite0-imagenet"
 
 
+def linear_probe(config):
+    """Trains the head alone, on one forward pass of unmixed images.
+
+    The trunk's weights stay; its norms take batch statistics and its running statistics
+    follow the new data.
+    """
+    baseline(config)
+    config.optim.groups = ("head/.*=fresh", ".*=frozen")
+
+
 def short(config):
     """A fine-tuning budget that a laptop can pay: 12 epochs instead of 200.
 
@@ -190,7 +205,10 @@ def tta(config):
 
 ROWS = {
     row.__name__: row
-    for row in (baseline, cpe, snapmix, full, contrastive, lite0, short, tta)
+    for row in (
+        *(baseline, cpe, snapmix, full, contrastive),
+        *(linear_probe, lite0, short, tta),
+    )
 }
 
 

@@ -1,5 +1,6 @@
 """Reading configs: overrides with known fields, and one config per workdir."""
 
+import ast
 import difflib
 import importlib.util
 import json
@@ -29,6 +30,7 @@ ADDED_FIELDS = {
     "model.norm": "plain",
     "contrastive.weight": 0.0,
     "contrastive.temperature": 0.05,
+    "optim.groups": [],
 }
 
 
@@ -46,7 +48,7 @@ def load_config_file(spec: str) -> ConfigDict:
 
     Raises:
       FileNotFoundError: if there is no such file, listing its neighbours.
-      ValueError: for an unknown word after the colon.
+      ValueError: for an unknown word after the colon, or a field of another type.
     """
     if "\\" in spec:
         raise FileNotFoundError(
@@ -63,17 +65,24 @@ def load_config_file(spec: str) -> ConfigDict:
         importlib.util.spec_from_file_location(path.stem, path)
     )
     module.__spec__.loader.exec_module(module)
-    return module.get_config(words) if words else module.get_config()
+    try:
+        return module.get_config(words) if words else module.get_config()
+    except TypeError as error:  # A value of another type than the field's default.
+        raise ValueError(f"{spec}: {' '.join(str(error).split())}") from None
 
 
 def check_overrides(arguments: list[str], config: ConfigDict) -> None:
-    """Raises ValueError for a `--config.x.y` that the config does not have."""
+    """Raises ValueError for a `--config.x.y` that is no field, or of another type."""
     known = flatten(json.loads(config.to_json()))
     for argument in arguments:
         if not argument.startswith(("--config.", "-config.")):
             continue
-        field = argument.lstrip("-").split("=")[0].removeprefix("config.")
+        field, given, text = argument.lstrip("-").partition("=")
+        field = field.removeprefix("config.")
         if field in known:
+            wanted = unreadable(text, known[field]) if given else ""
+            if wanted:
+                raise ValueError(f"config.{field} is {text!r}; expected {wanted}")
             continue
         group = field.rpartition(".")[0]
         near = difflib.get_close_matches(field, known, n=3)
@@ -83,6 +92,22 @@ def check_overrides(arguments: list[str], config: ConfigDict) -> None:
             f"--config.{field} is not a field; known: "
             + ", ".join(f"config.{name}" for name in listed)
         )
+
+
+def unreadable(text: str, default) -> str:
+    """What a field with this default expects, if it cannot be read from `text`."""
+    try:
+        if isinstance(default, bool):
+            readable = text.lower() in ("true", "false", "t", "f", "1", "0")
+            return "" if readable else "true or false"
+        if isinstance(default, int | float):
+            type(default)(text)
+        elif isinstance(default, list) and {" ", ","} & set(text):
+            ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        kinds = {int: "a whole number", float: "a number"}
+        return kinds.get(type(default), "a tuple, such as \"(1, 4)\" or \"('a', 'b')\"")
+    return ""
 
 
 def claim_workdir(config: ConfigDict, workdir: Path, *, write: bool = True) -> None:

@@ -7,16 +7,15 @@ summary.json beside the data.
 """
 
 import argparse
+import inspect
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from cxai_jax.data import DATASETS, store
-from cxai_jax.data.cxr import plan_cxr
-from cxai_jax.data.folder import plan_folder
 from cxai_jax.data.leakage import SIMILAR
-from cxai_jax.data.sites import plan_site_a, plan_site_b
 
 SHOWN = 20  # Lines of a list of files; summary.json has them all.
 
@@ -26,13 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     start = time.monotonic()
     try:
-        plan = make_plan(options)
-        if plan.left_out and plan.split == "wang" and not options.skip_bad:
-            raise ValueError(
-                f"{plan.left_out[0][0]!r} is in no split file ({len(plan.left_out)} "
-                "such images); list it, or pass --skip_bad to leave them out"
-            )
-        summary = store.build(plan, options.data_dir, options.skip_bad, make_progress())
+        spec = DATASETS[options.dataset]
+        summary = store.build(
+            make_plan(options),
+            options.data_dir,
+            options.skip_bad,
+            make_progress(),
+            channels=spec.channels,
+            side=spec.side,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,42 +49,50 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command-line options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--dataset", required=True, choices=("site_a", "site_b", "cxr", "folder"))
+    prepared = [name for name, spec in DATASETS.items() if spec.plan]
+    add("--dataset", required=True, choices=prepared)
     add("--source", required=True, help="folder that holds the class folders")
     add("--data_dir", required=True, help="root of the prepared data")
     add(
         "--split",
-        default="",
         help="site_a: blocked (default), random, wang; cxr: seed0, ...",
     )
-    add("--split_files", default="", help="site_a, wang: TRAIN.txt,TEST.txt")
-    add("--name", default="folder", help="folder: read back as folder:NAME")
+    add("--split_files", help="site_a, wang: TRAIN.txt,TEST.txt")
+    add("--name", help="folder: read back as folder:NAME")
     add("--skip_bad", action="store_true", help="list unreadable images and go on")
     return parser.parse_args(arguments)
 
 
 def make_plan(options: argparse.Namespace) -> store.Plan:
-    """Reads the source folder as the chosen data set."""
-    listings = [name for name in options.split_files.split(",") if name]
-    if listings and options.dataset != "site_a":
-        raise ValueError(
-            f"--split_files belongs to --dataset=site_a, not {options.dataset}"
-        )
-    if options.dataset == "site_a":
-        return plan_site_a(options.source, options.split, listings)
-    if options.dataset == "site_b":
-        return plan_site_b(options.source, options.split)
-    if options.dataset == "cxr":
-        return plan_cxr(options.source, options.split)
-    if options.split:
-        raise ValueError("a folder is split by splits.csv or patients.csv, not --split")
+    """Reads the source folder as the chosen data set.
+
+    Raises:
+      ValueError: for an option that the data set's plan does not take.
+    """
+    listings = options.split_files and options.split_files.split(",")
+    given = {"split": options.split, "split_files": listings, "name": options.name}
+    given = {option: value for option, value in given.items() if value is not None}
+    takes = {
+        name: inspect.signature(spec.plan).parameters
+        for name, spec in DATASETS.items()
+        if spec.plan
+    }
+    for option in given:
+        if option not in takes[options.dataset]:
+            owners = ", ".join(name for name in takes if option in takes[name])
+            raise ValueError(
+                f"--{option} belongs to --dataset={owners}, not {options.dataset}; "
+                "leave it out"
+            )
     taken = set(DATASETS) - {"folder"}
-    if options.name in taken or not re.fullmatch(r"\w[\w.-]*", options.name):
+    if "name" in given and (
+        options.name in taken or not re.fullmatch(r"\w[\w.-]*", options.name)
+    ):
         raise ValueError(
             f"--name={options.name!r} must be letters, digits, '_', '.' or '-', and "
             f"none of {', '.join(sorted(taken))}"
         )
-    return plan_folder(options.source, options.name)
+    return DATASETS[options.dataset].plan(Path(options.source), **given)
 
 
 def make_progress() -> Callable[[int, int], None]:

@@ -1,19 +1,17 @@
-"""`DATASETS`: name -> function of `config.data` that returns a `Dataset`."""
-
-from collections.abc import Callable
+"""`DATASETS`: name -> `DatasetSpec`, one line for each data set."""
 
 from ml_collections import ConfigDict
 
 from cxai_jax.data import cxr, folder, phantom, sites
-from cxai_jax.data.records import Dataset
+from cxai_jax.data.records import Dataset, DatasetSpec
 
-DATASETS: dict[str, Callable[[ConfigDict], Dataset]] = {
-    "phantom": phantom.load,
-    "site_a": sites.load_site_a,
-    "site_b": sites.load_site_b,
-    "joint": sites.load_joint,
-    "cxr": cxr.load,
-    "folder": folder.load,
+DATASETS: dict[str, DatasetSpec] = {
+    "phantom": phantom.SPEC,
+    "site_a": sites.SITE_A,
+    "site_b": sites.SITE_B,
+    "joint": sites.JOINT,
+    "cxr": cxr.SPEC,
+    "folder": folder.SPEC,
 }
 
 
@@ -23,10 +21,18 @@ def load(data_config: ConfigDict) -> Dataset:
     Raises:
       ValueError: for an unknown name; it lists the known ones.
     """
-    name, _, directory = data_config.name.partition(":")
-    if name not in DATASETS or (directory and name != "folder"):
+    return spec_of(data_config.name).load(data_config)
+
+
+def spec_of(name: str) -> DatasetSpec:
+    """The declaration of the data set `config.data.name`.
+
+    Raises:
+      ValueError: for an unknown name; it lists the known ones.
+    """
+    kind, _, directory = name.partition(":")
+    if kind not in DATASETS or (directory and kind != "folder"):
         raise ValueError(
-            f"unknown data set config.data.name={data_config.name!r}; known: "
-            f"{', '.join(DATASETS)}, folder:NAME"
+            f"config.data.name is {name!r}; known: {', '.join(DATASETS)}, folder:NAME"
         )
-    return DATASETS[name](data_config)
+    return DATASETS[kind]

@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from cxai_jax.data import splits, store
-from cxai_jax.data.records import Dataset
+from cxai_jax.data.records import Dataset, DatasetSpec
 from cxai_jax.data.store import Plan, Source
 
 CLASS_NAMES = ("other finding", "COVID-19")
@@ -117,3 +117,6 @@ def _existing(file: Path, source: Path) -> Path:
             "restore it or remove the row"
         )
     return file
+
+
+SPEC = DatasetSpec(load, plan_cxr)

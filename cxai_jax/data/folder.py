@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cxai_jax.data import splits, store
-from cxai_jax.data.records import SPLITS, Dataset
+from cxai_jax.data.records import SPLITS, Dataset, DatasetSpec
 from cxai_jax.data.store import Plan, Source
 
 # Names of split folders, in lower case.
@@ -28,7 +28,8 @@ SPLIT_FOLDERS = {name: name for name in SPLITS} | {"valid": "val", "validation":
 def load(data_config: ConfigDict) -> Dataset:
     """A prepared folder: name "folder" reads data_dir/folder, "folder:x" data_dir/x."""
     name = data_config.name.partition(":")[2] or "folder"
-    return store.load(name, data_config.split or "default", data_config.data_dir)
+    split = data_config.split or "default"
+    return store.load(name, split, data_config.data_dir, f"folder --name={name}")
 
 
 def plan_folder(source: str | Path, name: str = "folder") -> Plan:
@@ -197,3 +198,6 @@ def _listed(source: Path, given: dict[str, str], names: Sequence[str]) -> list[s
                 f"{', '.join(SPLITS)}"
             )
     return [given[name] for name in names]
+
+
+SPEC = DatasetSpec(load, plan_folder)

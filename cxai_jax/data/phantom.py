@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cxai_jax.data import leakage, splits
-from cxai_jax.data.records import Dataset, Records, fingerprint
+from cxai_jax.data.records import Dataset, DatasetSpec, Records, fingerprint
 
 SEED = 2020  # Of the whole data set, which is the same on every machine.
 CLASS_NAMES = ("non-COVID-19", "COVID-19")
@@ -317,3 +317,6 @@ def _upsample(coarse: np.ndarray, height: int, width: int) -> np.ndarray:
 
     rows, columns = (matrix(size).astype(np.float32) for size in (height, width))
     return rows @ coarse @ columns.T
+
+
+SPEC = DatasetSpec(load)

@@ -6,9 +6,11 @@ Images are decoded when they are asked for, so a data set of any size loads at o
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from cxai_jax.data.transforms import STORED_SIDE
 
 SPLITS = ("train", "val", "test")
 
@@ -146,3 +148,21 @@ def fingerprint(splits: Sequence[str], names, labels, pixel_digests) -> str:
     rows = zip(splits, names, labels, pixel_digests, strict=True)
     text = "\n".join(f"{s}\t{n}\t{int(y)}\t{p}" for s, n, y, p in rows)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+class DatasetSpec(NamedTuple):
+    """A data set: how it is opened, and how its files become what is opened.
+
+    Args:
+      load: function of `config.data` that returns a Dataset.
+      plan: function of the source folder, and of those options of tools/prepare_data.py
+        that its parameters name (split, split_files, name), that returns a store.Plan;
+        None where nothing has to be prepared.
+      channels: of the stored images: 1 gray, 3 colour.
+      side: pixels, short side of the stored images; None stores them as they are.
+    """
+
+    load: Callable[[Any], Dataset]
+    plan: Callable[..., Any] | None = None
+    channels: int = 1
+    side: int | None = STORED_SIDE

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cxai_jax.data import splits, store
-from cxai_jax.data.records import SPLITS, Dataset, concatenate
+from cxai_jax.data.records import SPLITS, Dataset, DatasetSpec, concatenate
 from cxai_jax.data.store import Plan, Source
 
 CLASS_NAMES = ("non-COVID-19", "COVID-19")
@@ -96,11 +96,11 @@ def plan_site_a(
     split = split or ("wang" if split_files else "blocked")
     _known(split, SITE_A_SPLITS, "site_a")
     files, labels, names = _class_files(Path(source), SITE_A_FOLDERS)
-    left_out = []
+    unlisted = []
     if split == "wang":
         listed = _wang(split_files, source, dict(zip(names, labels, strict=True)))
         chosen = np.array([listed.get(name, "") for name in names])
-        left_out = [(n, "in no split file") for n in names if n not in listed]
+        unlisted = [(n, "in no split file") for n in names if n not in listed]
     elif split == "random":
         chosen = splits.random_stratified(labels)
     else:
@@ -118,7 +118,7 @@ def plan_site_a(
         site_names=("site_a",),
         positive=POSITIVE,
         sources=sources,
-        left_out=left_out,
+        unlisted=unlisted,
     )
 
 
@@ -245,3 +245,8 @@ def _wang(split_files: Sequence, source, labels: dict[str, int]) -> dict[str, st
                     f"class folder of {source}"
                 )
     return chosen
+
+
+SITE_A = DatasetSpec(load_site_a, plan_site_a)
+SITE_B = DatasetSpec(load_site_b, plan_site_b)
+JOINT = DatasetSpec(load_joint)

@@ -1,14 +1,15 @@
 """Prepared data on disk: array_record files written and read through TFDS.
 
-`data_dir/NAME/SPLIT/1.0.0/` holds gray PNG bytes at short side 256 with label, site,
-patient and source name, beside `index.csv` (the same columns without the pictures, so
-that loading never parses images) and `summary.json` (counts, fingerprint, leakage
-verdict, skipped files). TensorFlow is never imported: images go in as encoded bytes
-and come out with decoding skipped.
+`data_dir/NAME/SPLIT/1.0.0/` holds PNG bytes, gray at short side 256 unless the
+`DatasetSpec` says otherwise, with label, site, patient and source name, beside
+`index.csv` (the same columns without the pictures, so that loading never parses images)
+and `summary.json` (counts, fingerprint, leakage verdict, skipped files). TensorFlow is
+never imported: images go in as encoded bytes and come out with decoding skipped.
 """
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -23,7 +24,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cxai_jax.data import leakage, transforms
-from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
+from cxai_jax.data.records import (
+    SPLITS,
+    Dataset,
+    Mapped,
+    Records,
+    fingerprint,
+)
 
 VERSION = "1.0.0"
 CHUNK = 64  # Images decoded ahead.
@@ -56,6 +63,8 @@ class Plan:
       positive: class index counted as positive.
       sources: the files.
       left_out: (file, reason) of files that will not be stored.
+      unlisted: likewise, of images that a list should have named; storing the others
+        has to be asked for.
     """
 
     name: str
@@ -66,6 +75,7 @@ class Plan:
     positive: int
     sources: Sequence[Source]
     left_out: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    unlisted: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
 class ImageRecords(tfds.core.GeneratorBasedBuilder):
@@ -74,6 +84,7 @@ class ImageRecords(tfds.core.GeneratorBasedBuilder):
     Args:
       examples: split name -> iterator of (key, example), keys ascending.
       class_names: of the label feature.
+      channels: of the images, 1 or 3.
       lung_masks: whether the examples have the field `lung_mask`.
       data_dir: where TFDS writes.
     """
@@ -88,18 +99,20 @@ class ImageRecords(tfds.core.GeneratorBasedBuilder):
         *,
         examples: dict[str, Iterator],
         class_names: Sequence[str],
+        channels: int,
         lung_masks: bool,
         data_dir: str | Path,
     ):
         self._examples = examples
         self._class_names = list(class_names)
+        self._shape = (None, None, channels)
         self._lung_masks = lung_masks
         # tfrecord, the default format, would import TensorFlow.
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
-            "image": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+            "image": tfds.features.Image(shape=self._shape, encoding_format="png"),
             "label": tfds.features.ClassLabel(names=self._class_names),
             "site": np.int32,
             "patient": tfds.features.Text(),
@@ -200,6 +213,9 @@ def build(
     data_dir: str | Path,
     skip_bad: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    channels: int = 1,
+    side: int | None = transforms.STORED_SIDE,
 ) -> dict:
     """Stores the images of a plan and examines them for leakage.
 
@@ -209,18 +225,25 @@ def build(
     Args:
       plan: what to store.
       data_dir: root of all prepared data sets.
-      skip_bad: True lists unreadable images under "skipped" instead of failing.
+      skip_bad: True lists unreadable and unlisted images under "skipped" instead of
+        failing.
       progress: called with (images done, images in all).
+      channels: 1 stores gray images, 3 colour.
+      side: pixels, short side of the stored images; None stores them as they are.
 
     Returns:
       The summary, as written to summary.json.
 
     Raises:
-      ValueError: for an unreadable image, a name given twice, a label or split out of
-        range, or a split of which no image can be read.
+      ValueError: for an unreadable or unlisted image, a name given twice, a label or
+        split out of range, or a split of which no image can be read.
     """
-    _check(plan)
-    skipped = [list(item) for item in plan.left_out]
+    _check(plan, skip_bad)
+    skipped = [list(item) for item in (*plan.left_out, *plan.unlisted)]
+    with_masks = any(source.lung_mask for source in plan.sources)
+    encode = functools.partial(
+        _encode, channels=channels, side=side, with_mask=with_masks
+    )
     rows = []  # (source, file digest, pixel digest, thumbnail) of every stored image.
 
     def examples(split):
@@ -229,8 +252,7 @@ def build(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(sources), CHUNK):
                 chunk = sources[start : start + CHUNK]
-                results = pool.map(_encode, chunk, [with_masks] * len(chunk))
-                for source, result in zip(chunk, results, strict=True):
+                for source, result in zip(chunk, pool.map(encode, chunk), strict=True):
                     seen[0] += 1
                     progress(seen[0], len(plan.sources))
                     if isinstance(result, ValueError):
@@ -245,7 +267,6 @@ def build(
             raise ValueError(f"no image of the split {split!r} can be read: {result}")
 
     seen = [0]
-    with_masks = any(source.lung_mask for source in plan.sources)
     used = [split for split in SPLITS if any(s.split == split for s in plan.sources)]
     target = Path(data_dir) / plan.name / plan.split / VERSION
     Path(data_dir).mkdir(parents=True, exist_ok=True)
@@ -255,6 +276,7 @@ def build(
             builder = ImageRecords(
                 examples={split: examples(split) for split in used},
                 class_names=plan.class_names,
+                channels=channels,
                 lung_masks=with_masks,
                 data_dir=scratch,
             )
@@ -272,13 +294,16 @@ def build(
     return summary
 
 
-def load(name: str, split: str, data_dir: str | Path) -> Dataset:
+def load(
+    name: str, split: str, data_dir: str | Path, dataset: str | None = None
+) -> Dataset:
     """Opens a prepared data set; images are decoded on access.
 
     Args:
       name: directory under data_dir.
       split: directory under that.
       data_dir: root of all prepared data sets.
+      dataset: how tools/prepare_data.py calls it; None is `name`.
 
     Raises:
       FileNotFoundError: if it has not been prepared.
@@ -288,10 +313,9 @@ def load(name: str, split: str, data_dir: str | Path) -> Dataset:
     if not (directory / "summary.json").is_file():
         others = sorted(p.parts[-3] for p in directory.parents[1].glob("*/*/*.json"))
         others = ", ".join(dict.fromkeys(others)) or "none"
-        kind = name if name in ("site_a", "site_b", "cxr") else f"folder --name={name}"
         raise FileNotFoundError(
             f"{directory} is not prepared (prepared splits of {name}: {others}); run "
-            f"python tools/prepare_data.py --dataset={kind} --source=DIR "
+            f"python tools/prepare_data.py --dataset={dataset or name} --source=DIR "
             f"--data_dir={data_dir}, or set config.data.data_dir and config.data.split "
             "to what it wrote"
         )
@@ -331,7 +355,13 @@ def load(name: str, split: str, data_dir: str | Path) -> Dataset:
     )
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: Plan, skip_bad: bool) -> None:
+    if plan.unlisted and not skip_bad:
+        name, reason = plan.unlisted[0]
+        raise ValueError(
+            f"{name!r} is {reason} ({len(plan.unlisted)} such images); list it, or "
+            "pass --skip_bad to leave them out"
+        )
     if not plan.sources:
         raise ValueError(f"the data set {plan.name} has no images")
     names = Counter(source.name for source in plan.sources)
@@ -351,13 +381,16 @@ def _check(plan: Plan) -> None:
             )
 
 
-def _encode(source: Source, with_mask: bool) -> tuple | ValueError:
+def _encode(
+    source: Source, *, channels: int, side: int | None, with_mask: bool
+) -> tuple | ValueError:
     """(example, file digest, pixel digest, thumbnail) of one image, or its error."""
     try:
         data = source.file.read_bytes()
-        gray = transforms.decode_gray(data, str(source.file))
-        stored = transforms.as_stored(gray)
-        mask = _encode_mask(source, gray, stored) if with_mask else None
+        decode = transforms.decode_gray if channels == 1 else transforms.decode_colour
+        image = decode(data, str(source.file))
+        stored = transforms.as_stored(image, side)
+        mask = _encode_mask(source, image, stored, side) if with_mask else None
     except OSError as error:
         return ValueError(f"{error.filename}: cannot be read ({error.strerror})")
     except ValueError as error:
@@ -379,13 +412,15 @@ def _encode(source: Source, with_mask: bool) -> tuple | ValueError:
     )
 
 
-def _encode_mask(source: Source, image: np.ndarray, stored: np.ndarray) -> bytes:
+def _encode_mask(
+    source: Source, image: np.ndarray, stored: np.ndarray, side: int | None
+) -> bytes:
     if source.lung_mask is None:
         return b""
     mask = transforms.open_gray(source.lung_mask)
     inside = np.where(mask > 0, 255, 0).astype(np.uint8)
-    scaled = transforms.as_stored(inside)
-    if scaled.shape != stored.shape:
+    scaled = transforms.as_stored(inside, side)
+    if scaled.shape[:2] != stored.shape[:2]:
         raise ValueError(
             f"{source.lung_mask} has {mask.shape[0]} x {mask.shape[1]} pixels but its "
             f"image {source.file} has {image.shape[0]} x {image.shape[1]}: another "

@@ -38,12 +38,12 @@ def open_gray(path: str | Path) -> np.ndarray:
 
 def decode_gray(data: bytes, name: str) -> np.ndarray:
     """`open_gray` for the bytes of a file; `name` is used in error messages."""
-    frames = decode_frames(data, name)
-    if len(frames) > 1:
-        raise ValueError(
-            f"{name}: it holds {len(frames)} frames; save one file per slice"
-        )
-    return to_gray(frames[0])
+    return to_gray(_single_frame(data, name))
+
+
+def decode_colour(data: bytes, name: str) -> np.ndarray:
+    """As `decode_gray`, uint8 [H, W, 3]; a gray file has three equal channels."""
+    return np.asarray(Image.fromarray(_single_frame(data, name)).convert("RGB"))
 
 
 def decode_frames(
@@ -82,12 +82,21 @@ def decode_frames(
         raise ValueError(f"{name}: cannot be read as an image ({reason})") from None
 
 
+def _single_frame(data: bytes, name: str) -> np.ndarray:
+    frames = decode_frames(data, name)
+    if len(frames) > 1:
+        raise ValueError(
+            f"{name}: it holds {len(frames)} frames; save one file per slice"
+        )
+    return frames[0]
+
+
 def to_gray(frame: np.ndarray) -> np.ndarray:
     """Luma (ITU-R 601) of uint8 [H, W, 3], or [H, W] as it is: uint8 [H, W, 1]."""
     return np.asarray(Image.fromarray(frame).convert("L"))[..., None]
 
 
-def as_stored(image: np.ndarray) -> np.ndarray:
+def as_stored(image: np.ndarray, side: int | None = STORED_SIDE) -> np.ndarray:
     """An opened image as prepared data hold it, and as prediction therefore sees it.
 
     Every image goes from its file to a network through here (A18), so that it scores
@@ -95,11 +104,12 @@ def as_stored(image: np.ndarray) -> np.ndarray:
 
     Args:
       image: uint8 [H, W] or [H, W, C].
+      side: pixels, of the `DatasetSpec`; None stores images as they are.
 
     Returns:
-      `short_side` at 256 pixels, whatever the network's input.
+      `short_side` at that side, whatever the network's input.
     """
-    return short_side(image, STORED_SIDE)
+    return short_side(image, side) if side else image
 
 
 def short_side(image: np.ndarray, size: int) -> np.ndarray:
@@ -127,22 +137,26 @@ def squash(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """The PNG file of a gray uint8 [H, W, 1]."""
+    """The PNG file of a uint8 [H, W, 1] or [H, W, 3]."""
     buffer = io.BytesIO()
-    Image.fromarray(image[..., 0]).save(buffer, "PNG", compress_level=PNG_LEVEL)
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    picture.save(buffer, "PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 1] of a file that `encode_png` wrote.
+    """uint8 [H, W, 1] or [H, W, 3] of a file that `encode_png` wrote.
 
     Raises:
-      ValueError: if it is not an 8-bit gray image.
+      ValueError: if it is neither an 8-bit gray nor an 8-bit colour image.
     """
     image = Image.open(io.BytesIO(data))
-    if image.mode != "L":
-        raise ValueError(f"the stored image has mode {image.mode}, expected L (gray)")
-    return np.asarray(image)[..., None]
+    if image.mode not in ("L", "RGB"):
+        raise ValueError(
+            f"the stored image has mode {image.mode}, expected L (gray) or RGB"
+        )
+    pixels = np.asarray(image)
+    return pixels[..., None] if image.mode == "L" else pixels
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

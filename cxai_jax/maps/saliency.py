@@ -19,6 +19,11 @@ from flax import linen as nn
 
 from cxai_jax.types import Array, Mode, Outputs, PyTree
 
+MAPS = ("cam", "gradcam_lower", "input_gradient")
+TARGETS = ("centred", "logit")
+FORMS = ("gradcam", "hires")
+ALPHA_GRADS = ("full", "stop")
+
 
 class Explained(NamedTuple):
     """A network as three functions of arrays, and whose images it is given.
@@ -147,8 +152,8 @@ def explained(values: Array, labels: Array, *, target: str = "centred") -> Array
     Returns:
       [B, ...], at least float32.
     """
-    if target not in ("centred", "logit"):
-        raise ValueError(f"unknown target {target!r}; known: ['centred', 'logit']")
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}; known: {list(TARGETS)}")
     if values.ndim < 2 or values.shape[-1] < 2:
         raise ValueError(
             f"expected [B, ..., K] with K >= 2 classes, got shape {values.shape}"
@@ -209,10 +214,12 @@ def gradcam_lower(
     Returns:
       Signed map [B, 2h, 2w], before any ReLU, at least float32.
     """
-    if form not in ("gradcam", "hires"):
-        raise ValueError(f"unknown form {form!r}; known: ['gradcam', 'hires']")
-    if alpha_grad not in ("full", "stop"):
-        raise ValueError(f"unknown alpha_grad {alpha_grad!r}; known: ['full', 'stop']")
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; known: {list(FORMS)}")
+    if alpha_grad not in ALPHA_GRADS:
+        raise ValueError(
+            f"unknown alpha_grad {alpha_grad!r}; known: {list(ALPHA_GRADS)}"
+        )
 
     def score(lower):
         return explained(upper_head(lower), labels, target=target).sum()

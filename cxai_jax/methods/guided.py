@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from cxai_jax.data.augment import CROPS, NORMALISATIONS, Scale
+from cxai_jax.data.augment import Scale
 from cxai_jax.maps import saliency
 from cxai_jax.maps.cam import is_flat, of_class, patch_relevance
 from cxai_jax.methods import parts
@@ -68,7 +68,6 @@ def make(
     groups: int = 1,
 ) -> Method:
     """The method of a config; arguments as in `methods.build`."""
-    check_config(config)
     setting = Setting(
         config, network.model, network.scale, optimizer, total_steps, groups
     )
@@ -78,25 +77,6 @@ def make(
         step=functools.partial(train_step, setting),
         scored=variables_of,
     )
-
-
-def check_config(config) -> None:
-    """Raises ValueError for an unknown name among the step's choices."""
-    known = {
-        "config.data.normalisation": (config.data.normalisation, NORMALISATIONS),
-        "config.mix.name": (config.mix.name, tuple(MIXES)),
-        "config.augment.crop": (config.augment.crop, CROPS),
-        "config.cam.mode": (config.cam.mode, ("train", "eval")),
-        "config.cpe.cam_source": (config.cpe.cam_source, ("mixed", "clean")),
-    }
-    for field, (value, names) in known.items():
-        if value not in names:
-            raise ValueError(f"{field} is {value!r}; known: {', '.join(names)}")
-    if config.contrastive.weight > 0 and not config.model.projection:
-        raise ValueError(
-            f"config.contrastive.weight is {config.contrastive.weight}, but "
-            "config.model.projection is 0: give the embedding a width, such as 128"
-        )
 
 
 def train_step(

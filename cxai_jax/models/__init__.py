@@ -1,7 +1,5 @@
 """The backbones by name, and how to build one from `config.model`."""
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 
 from cxai_jax.models import efficientnet_lite0, resnet, tiny
@@ -79,14 +77,9 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return spec.mean, spec.std
 
 
-def is_trunk(name: str, path: Sequence) -> bool:
-    """Whether the parameter at `path`, names or tree keys, may hold pretrained weights.
-
-    False for the head and for norms that the pretraining of the backbone `name` did
-    not have; these take `config.optim.lr_fresh`.
-    """
-    fresh = {"head", "projection", *spec_of(name).fresh}
-    return fresh.isdisjoint(str(getattr(key, "key", key)) for key in path)
+def fresh_modules(name: str) -> set[str]:
+    """Modules of a backbone that no pretrained weights fill."""
+    return {"head", "projection", *spec_of(name).fresh}
 
 
 def head_kernel(params: PyTree) -> Array:

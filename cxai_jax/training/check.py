@@ -2,7 +2,7 @@
 
 Environment, devices, the data with a montage, the leakage verdict, five steps on one
 batch (a network that cannot learn 32 images by heart will not learn a data set), then
-the run's own step, timed.
+the run's own train and predict steps, timed.
 """
 
 import time
@@ -27,7 +27,7 @@ from cxai_jax.training.run import (
     make_plan,
     open_run,
 )
-from cxai_jax.types import Batch
+from cxai_jax.types import Batch, PyTree
 from cxai_jax.writer import clock
 
 SAMPLE = 200  # Images per split behind the gray-level statistics.
@@ -187,20 +187,36 @@ def cost(run: Run) -> Iterator[str]:
         state, metrics, _ = advance(state)
     loss = float(np.mean(metrics["loss"]))  # Waits for the last step.
     per_step = (time.monotonic() - begun) / (TIMED_CALLS * config.train.steps_per_call)
-    test, variants = run.test, config.tta.k + 1
     terms = " ".join(f"{n} {np.mean(v):.3g}" for n, v in sorted(metrics.items()))
     yield ("" if np.isfinite(loss) else "! ") + f"step       {terms}"
     yield (
         f"time       compiled in {about['compile_s']:.0f} s; {plan.total_steps} steps "
-        f"of {1000 * per_step:.0f} ms: {clock(plan.total_steps * per_step)}, then "
-        f"{len(test)} x {variants} forward passes to score"
+        f"of {1000 * per_step:.0f} ms: {clock(plan.total_steps * per_step)}"
     )
+    yield scoring(run, plan.method.scored(state))
     if about["argument_bytes"] is not None:
         yield (
             f"memory     {gigabytes(about['argument_bytes'])} weights and images "
             f"({about['residency']} residency) + {gigabytes(about['step_temp_bytes'])} "
             "for a step, per device"
         )
+
+
+def scoring(run: Run, variables: PyTree) -> str:
+    """Compiles the predict step, votes included, times a batch and extrapolates."""
+    config, test = run.config, run.test
+    batch = test.subset(np.arange(min(config.eval.batch_size, len(test))))
+    begun = time.monotonic()
+    run.evaluator.predict(variables, batch)
+    compiled = time.monotonic()
+    run.evaluator.predict(variables, batch)
+    per_batch = time.monotonic() - compiled
+    batches = -(-len(test) // config.eval.batch_size)
+    return (
+        f"scoring    compiled in {compiled - begun - per_batch:.0f} s; {len(test)} "
+        f"images, {batches} batches of {config.eval.batch_size} x {config.tta.k + 1} "
+        f"forward passes in {1000 * per_batch:.0f} ms: {clock(batches * per_batch)}"
+    )
 
 
 def gigabytes(count: int) -> str:

@@ -21,8 +21,9 @@ from cxai_jax.methods.method import STREAMS, Method, Network
 from cxai_jax.models import pretrained
 from cxai_jax.objectives.mixing import group_count
 from cxai_jax.scoring import evaluate
+from cxai_jax.training import validate
 from cxai_jax.training.checkpoint import Checkpoints
-from cxai_jax.training.optimizer import make_optimizer
+from cxai_jax.training.optimizer import learning_rate_groups, make_optimizer
 
 
 def build_network(
@@ -49,17 +50,6 @@ def build_network(
     if config.data.normalisation == "per_image":
         scale = PER_IMAGE
     return Network(model, variables, scale, summary)
-
-
-def learning_rate_groups(config):
-    """Parameters -> "trunk" | "fresh" per leaf; all fresh if trained from scratch."""
-
-    def label(path, _):
-        names = tuple(str(getattr(key, "key", key)) for key in path)
-        trunk = config.model.pretrained and models.is_trunk(config.model.name, names)
-        return "trunk" if trunk else "fresh"
-
-    return lambda params: jax.tree_util.tree_map_with_path(label, params)
 
 
 def load_sources(config) -> dict[str, Dataset]:
@@ -175,11 +165,7 @@ class Run:
 
 def open_run(config, workdir: Path) -> Run:
     """Checks the config, loads the data and builds the network of a run."""
-    if config.train.selection not in ("last", "best_val"):
-        raise ValueError(
-            f"config.train.selection is {config.train.selection!r}; known: last, "
-            "best_val (the test split never selects)"
-        )
+    validate.check_config(config)
     started = time.monotonic()
     mesh = meshes.make_mesh()
     sources = load_sources(config)
@@ -200,12 +186,7 @@ def open_run(config, workdir: Path) -> Run:
         config, workdir, mesh, sources, network, evaluator, checkpoints, [], started
     )
     records_of(sources, config.data.test, "config.data.test")
-    if config.train.selection == "best_val" and run.validation is None:
-        raise ValueError(
-            "config.train.selection=best_val needs a split `val` that is not in "
-            f"config.data.fit={config.data.fit!r}; {run.dataset.name} has "
-            f"{', '.join(run.dataset.splits)}"
-        )
+    validate.check_run(run)
     return run
 
 
@@ -249,22 +230,8 @@ def make_plan(run: Run) -> Plan:
         wanted of data without masks, or a stream of the method has no data.
     """
     config, batch_size = run.config, run.config.train.batch_size
-    if batch_size % config.train.accumulate:
-        raise ValueError(
-            f"config.train.batch_size={batch_size} must be a multiple of "
-            f"config.train.accumulate={config.train.accumulate}"
-        )
-    meshes.check_batch(
-        batch_size // config.train.accumulate,
-        run.mesh,
-        "config.train.batch_size / config.train.accumulate",
-    )
     fit = fit_records(run.sources, config.data.fit)
-    if config.align.mask_weight > 0 and fit.lung_masks is None:
-        raise ValueError(
-            f"config.align.mask_weight={config.align.mask_weight} needs lung masks and "
-            f"{run.dataset.name} has none; set it to 0, or train on cxr or phantom"
-        )
+    validate.check_training(config, run.mesh, fit)
     per_epoch = len(epoch_rows(config, fit)) // batch_size
     per_call = config.train.steps_per_call
     total_steps = max(1, round(config.train.epochs * per_epoch))

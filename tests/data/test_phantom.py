@@ -144,5 +144,5 @@ def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match="known: phantom, site_a, site_b, joint"):
         data.load(bad)
     bad.name = "phantom:x"
-    with pytest.raises(ValueError, match="unknown data set"):
+    with pytest.raises(ValueError, match="config.data.name is 'phantom:x'; known"):
         data.load(bad)

@@ -346,7 +346,7 @@ def test_site_a_by_the_lists_of_wang(tmp_path, capsys):
     good = "4 Covid (3).png COVID-19\n5 Non-Covid (3).png normal"
     test.write_text(good)
     plan = sites.plan_site_a(source, split_files=[train, test])
-    assert plan.split == "wang" and not plan.left_out
+    assert plan.split == "wang" and not plan.unlisted
     assert {s.name for s in plan.sources if s.split == "test"} == {
         "COVID/Covid (3).png",
         "non-COVID/Non-Covid (3).png",

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxai_jax import augment
-from cxai_jax.data import transforms
+from cxai_jax.data import augment, transforms
 from experiments import resampling
 
 RAMP = np.linspace(0, 255, 12 * 10).round().astype(np.uint8).reshape(12, 10)
@@ -162,13 +161,17 @@ def test_resizing_agrees_with_a_float64_triangle_filter():
     )
 
 
-def test_png_round_trip_and_its_refusal_of_colour():
-    np.testing.assert_array_equal(
-        transforms.decode_png(transforms.encode_png(RAMP[..., None]))[..., 0], RAMP
-    )
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_round_trip(channels):
+    image = np.stack([RAMP, RAMP[::-1], 255 - RAMP][:channels], -1)
+    stored = transforms.decode_png(transforms.encode_png(image))
+    np.testing.assert_array_equal(stored, image)
+
+
+def test_a_stored_image_is_gray_or_colour():
     buffer = io.BytesIO()
-    Image.fromarray(RAMP).convert("RGB").save(buffer, "PNG")
-    with pytest.raises(ValueError, match="mode RGB, expected L"):
+    Image.fromarray(RAMP).convert("RGBA").save(buffer, "PNG")
+    with pytest.raises(ValueError, match="mode RGBA, expected L .gray. or RGB"):
         transforms.decode_png(buffer.getvalue())
 
 

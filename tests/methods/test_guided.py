@@ -11,7 +11,6 @@ from cxai_jax import methods, models
 from cxai_jax.data.augment import Scale
 from cxai_jax.maps.cam import patch_relevance
 from cxai_jax.methods import guided
-from cxai_jax.methods.guided import check_config
 from cxai_jax.methods.method import Network
 from cxai_jax.training.optimizer import make_optimizer
 from cxai_jax.types import Batch
@@ -184,24 +183,7 @@ def test_images_are_contrasted_on_their_projection():
         old, new = (flatten_dict(s.params, sep="/")[name] for s in (before, after))
         assert not np.allclose(old, new), name
     assert before.params["projection"]["output"]["kernel"].shape == (1024, 128)
-    assert not models.is_trunk("tiny", ("projection", "hidden", "kernel"))
-
-
-def test_contrast_needs_a_projection():
-    config = demo.get_config("contrastive")
-    config.model.projection = 0
-    with pytest.raises(ValueError, match="config.model.projection is 0: give"):
-        check_config(config)
-
-
-def test_unknown_choices_are_refused_before_tracing():
-    for field, value, known in (
-        ("cam.mode", "explain", "train, eval"),
-        ("data.normalisation", "batch", "model, per_image"),
-        ("cpe.cam_source", "both", "mixed, clean"),
-    ):
-        with pytest.raises(ValueError, match=f"config.{field} is '{value}'.*{known}"):
-            one_step(**{field: value})
+    assert "projection" in models.fresh_modules("tiny")
 
 
 def test_alignment_shares_the_forward_pass_and_costs_nothing_at_weight_0():

@@ -103,17 +103,14 @@ def test_every_site_has_norms_of_its_own_and_nothing_else(name):
 def test_only_head_projection_and_extra_norms_are_fresh(name):
     fields = {"extra_bn": True} if name.startswith("resnet") else {}
     variables, _ = shapes(name, projection=8, **fields)
-    fresh = {
-        p for p in flatten_dict(variables["params"]) if not models.is_trunk(name, p)
-    }
+    modules = models.fresh_modules(name)
+    fresh = {p for p in flatten_dict(variables["params"]) if modules & set(p)}
     weights = ("kernel", "bias")
     expected = {("head", n) for n in weights}
     expected |= {("projection", i, n) for i in ("hidden", "output") for n in weights}
     if fields:
         expected |= {(f"extra_bn{i}", n) for i in (2, 4) for n in ("scale", "bias")}
     assert fresh == expected
-    assert models.is_trunk(name, (jax.tree_util.DictKey("stem"),))
-    assert not models.is_trunk(name, (jax.tree_util.DictKey("head"),))
 
 
 def test_names_follow_torchvision():
