@@ -231,7 +231,7 @@ def make_plan(run: Run) -> Plan:
     """
     config, batch_size = run.config, run.config.train.batch_size
     fit = fit_records(run.sources, config.data.fit)
-    validate.check_training(config, run.mesh, fit)
+    validate.check_training(run, fit)
     per_epoch = len(epoch_rows(config, fit)) // batch_size
     per_call = config.train.steps_per_call
     total_steps = max(1, round(config.train.epochs * per_epoch))

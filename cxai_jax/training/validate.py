@@ -5,13 +5,13 @@ be together follows, first what the config alone can tell (`check_config`), then
 takes the devices, the data and the network (`check_run`, `check_training`).
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from cxai_jax import data, models
 from cxai_jax import mesh as meshes
@@ -308,13 +308,9 @@ def check_run(run) -> None:
 def _on_the_grid(config, network) -> Iterator[str]:
     """What does not fit the maps that the network has at this image size."""
     size = config.data.image_size
-    images = jnp.zeros((1, size, size, 3))
-    _, maps = jax.eval_shape(
-        lambda v, x, site: network.model.apply(v, x, "eval", site),
-        network.variables,
-        images,
-        jnp.zeros(1, jnp.int32),
-    )
+    images, site = jnp.zeros((1, size, size, 3)), jnp.zeros(1, jnp.int32)
+    forward = functools.partial(network.model.apply, mode="eval")
+    _, maps = jax.eval_shape(forward, network.variables, x=images, site=site)
     grid, lower = maps.class_maps.shape[1], maps.lower.shape[1]
     most = grid * grid // 2
     if config.cpe.weight > 0 and config.cpe.num_patches > most:
@@ -333,19 +329,20 @@ def _on_the_grid(config, network) -> Iterator[str]:
             )
 
 
-def check_training(config, mesh: Mesh, fit: Records) -> None:
+def check_training(run, fit: Records) -> None:
     """Checks a config against the devices and the images that it trains on.
 
     Raises:
       ValueError: for a batch that does not divide, or a lung-mask term without masks.
     """
+    config = run.config
     micro = config.train.batch_size // config.train.accumulate
     field = "config.train.batch_size"
     if config.train.accumulate > 1:
         field += " / config.train.accumulate"
-    meshes.check_batch(micro, mesh, field)
+    meshes.check_batch(micro, run.mesh, field)
     if config.align.mask_weight > 0 and fit.lung_masks is None:
         raise ValueError(
             f"config.align.mask_weight={config.align.mask_weight} needs lung masks and "
-            f"{config.data.name} has none; set it to 0, or train on cxr or phantom"
+            f"{run.dataset.name} has none; set it to 0, or train on cxr or phantom"
         )

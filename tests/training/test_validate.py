@@ -149,7 +149,7 @@ def opened():
 def test_the_demo_runs_with_what_it_has(opened):
     run = opened()
     validate.check_run(run)
-    validate.check_training(run.config, run.mesh, run.dataset.splits["train"])
+    validate.check_training(run, run.dataset.splits["train"])
 
 
 @pytest.mark.parametrize(
@@ -180,11 +180,11 @@ def test_what_the_network_and_the_data_cannot_do_is_refused(opened, changes, wor
 
 
 def test_what_the_devices_and_the_images_cannot_do_is_refused(opened):
-    mesh, fit = opened().mesh, opened().dataset.splits["train"]
-    config = small(**{"align.mask_weight": 1.0})
-    validate.check_training(config, mesh, fit)
+    run = opened(**{"align.mask_weight": 1.0})
+    fit = run.dataset.splits["train"]
+    validate.check_training(run, fit)
     bare = dataclasses.replace(fit, lung_masks=None)
-    message = refused(validate.check_training, config, mesh, bare)
+    message = refused(validate.check_training, run, bare)
     assert "config.align.mask_weight=1.0 needs lung masks" in message
 
 
