@@ -24,7 +24,7 @@ from cxai_jax.methods.method import Network, in_one_call
 from cxai_jax.training.compile import compile_step
 from cxai_jax.training.run import Stream, build_network, make_method
 from cxai_jax.types import Array, Batch
-from cxai_jax.voting import rules
+from cxai_jax.voting import early_exit, rules
 from cxai_jax.voting.forward import (
     make_first_look,
     make_next_votes,
@@ -378,7 +378,7 @@ class Voting:
         )
 
         def probs(row: int, masked: int) -> Array:
-            variant = rules.masked_rows(masks, np.array([row]), np.array([masked]))
+            variant = early_exit.masked_rows(masks, np.array([row]), np.array([masked]))
             return self.forward(variant, np.array([row]))[0]
 
         votes = [
@@ -387,10 +387,10 @@ class Voting:
         ]
         return jnp.concatenate([seen["probs"][:, None], jnp.stack(votes)], 1)
 
-    def early(self, images, *, theta: float) -> rules.EarlyVotes:
+    def early(self, images, *, theta: float) -> early_exit.EarlyVotes:
         """Votes until the labels are certain."""
         seen = self.look(self.variables, images)
-        return rules.vote_early(
+        return early_exit.vote_early(
             self.forward,
             seen["images"],
             seen["cells"],

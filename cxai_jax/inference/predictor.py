@@ -20,7 +20,7 @@ from cxai_jax.inference.program_cache import Executables
 from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.training.run import build_network, make_method
 from cxai_jax.types import PyTree
-from cxai_jax.voting import rules
+from cxai_jax.voting import early_exit
 from cxai_jax.voting.forward import (
     make_first_look,
     make_next_votes,
@@ -201,7 +201,7 @@ class Predictor:
         before = first.argmax(1)
         after, opposing, cast, saved = before, None, None, 0
         if self._early:
-            votes = rules.vote_early(
+            votes = early_exit.vote_early(
                 functools.partial(self._forward, self._variables, sites)
                 if "prefix" in seen
                 else functools.partial(self._vote, site),

@@ -9,6 +9,8 @@ Maps are rectified here (S+ = max(S, 0)) where a metric speaks of energy. The me
 that call the model take `probabilities`, images [B, H, W, C] -> [B, K]; all except ROAD
 are pure JAX and may be jitted as a whole. Read agreement together with entropy and
 the empty fraction: agreement up with entropy up is collapse, not success.
+
+One list of small functions, longer than other files so that all can be compared.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -9,6 +9,8 @@ What is slow on CPU: the weight gradient of a 1x1 convolution (XLA emits a convo
 whose window is the whole image), full convolutions on small maps (on 2x2 pixels of 512
 channels by a factor of thirty), the gradient of max pooling (a scatter), depthwise
 convolutions (forward and both gradients) and sums over batch and space.
+
+Longer than other files: one idea, operation by operation, each built from the others.
 """
 
 import functools

@@ -3,7 +3,8 @@
 SnapMix is Huang et al. 2021 as the CT paper (Ali et al.) uses it; CutMix, attentive
 CutMix ("as_cutmix"), MixUp and CutOut follow its repository. Every shape is static: a
 box is four numbers, and pasting is two gathers of two taps each. A batch that is not
-mixed is an empty box and the identity permutation, so `prob` needs no branch.
+mixed is an empty box and the identity permutation, so `prob` needs no branch. All in
+one file, longer than others: the five differ in a few lines over the same parts.
 """
 
 import logging

@@ -16,7 +16,7 @@ from cxai_jax.mesh import make_mesh
 from cxai_jax.models import resnet
 from cxai_jax.models.backbone import Backbone, Window
 from cxai_jax.models.norm import ConvNorm, PerSiteBatchNorm
-from cxai_jax.voting import forward, prefix, rules
+from cxai_jax.voting import early_exit, forward, prefix, rules
 from cxai_jax.voting.forward import make_predict_step
 
 
@@ -321,7 +321,7 @@ def test_reuse_holds_for_any_packing_of_the_votes(chunk):
     )(images, cells, first)
     np.testing.assert_allclose(got, whole, rtol=1e-6)
     theta = splitting(np.asarray(whole))
-    early = rules.vote_early(
+    early = early_exit.vote_early(
         jax.jit(functools.partial(rules.next_votes_of, split), donate_argnums=1),
         images,
         cells,

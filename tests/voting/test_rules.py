@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cxai_jax.voting import rules
+from cxai_jax.voting import early_exit, rules
 
 rank = jax.jit(rules.rank_cells, static_argnames=("grid", "k", "patch"))
 votes_for = jax.jit(rules.votes_for, static_argnames=("theta", "k"))
@@ -173,7 +173,7 @@ def test_a_majority_against_a_class_never_returns_it():
     np.testing.assert_array_equal(got.labels, [1, 0, 1])
     np.testing.assert_array_equal(rules.vote(images, theta=theta, k=k), got.labels)
     forward, seen, cells, first = scene(images.astype(np.float32))
-    early = rules.vote_early(
+    early = early_exit.vote_early(
         forward, seen, cells, first, theta=theta, grid=6, fill="zero"
     )
     np.testing.assert_array_equal(early.labels, got.labels)
@@ -215,7 +215,7 @@ def test_decided_is_exactly_when_no_completion_changes_the_flip(classes):
                 expected = len(ends) == 1 and (
                     classes == 2 or ends == {False} or cast == k
                 )
-                assert rules.decided(opposing, cast, k, classes) == expected
+                assert early_exit.decided(opposing, cast, k, classes) == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -242,7 +242,9 @@ def test_early_exit_equals_the_full_vote_on_every_binary_pattern(k):
     patterns = np.array(list(itertools.product([0.0, 1.0], repeat=k + 1)))
     probs = np.stack([1 - patterns, patterns], -1)
     forward, images, cells, first = scene(probs)
-    got = rules.vote_early(forward, images, cells, first, grid=6, fill="zero", step=1)
+    got = early_exit.vote_early(
+        forward, images, cells, first, grid=6, fill="zero", step=1
+    )
     full = votes_for(probs, k=k)
     np.testing.assert_array_equal(got.labels, full.labels)
     np.testing.assert_array_equal(got.original, full.original)
@@ -261,7 +263,7 @@ def test_early_exit_equals_the_full_vote_on_random_probabilities(classes):
     )
     probs[60:, 0] = steady[60:]
     forward, images, cells, first = scene(probs)
-    got = rules.vote_early(forward, images, cells, first, grid=6, fill="zero")
+    got = early_exit.vote_early(forward, images, cells, first, grid=6, fill="zero")
     full = votes_for(probs)
     np.testing.assert_array_equal(got.labels, full.labels)
     assert 0 < (full.labels != full.original).sum() < 120
@@ -278,7 +280,7 @@ def test_early_exit_equals_the_full_vote_on_random_probabilities(classes):
 def test_unanimous_images_stop_at_sixteen():
     probs = np.repeat(two_class(1, 0, 31), 4, axis=0)
     forward, images, cells, first = scene(probs)
-    got = rules.vote_early(forward, images, cells, first, grid=6, fill="zero")
+    got = early_exit.vote_early(forward, images, cells, first, grid=6, fill="zero")
     np.testing.assert_array_equal(got.cast, 16)
     assert got.forwards == 64
     assert got.saved == 60
