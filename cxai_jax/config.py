@@ -25,6 +25,8 @@ ADDED_FIELDS = {
     "model.projection": 0,
     "contrastive.weight": 0.0,
     "contrastive.temperature": 0.05,
+    "data.fold": "",
+    "data.split_seed": 0,
 }
 
 

@@ -24,14 +24,24 @@ class Evaluator:
         meshes.check_batch(config.eval.batch_size, mesh, "config.eval.batch_size")
         self.mesh = mesh
         self._config = config
-        # Every host needs the whole answer, so the outputs are replicated.
-        self._predict = jax.jit(
-            steps.make_predict_step(model, scale, config.tta),
-            out_shardings=meshes.replicated(mesh),
-        )
 
-    def predict(self, state: steps.TrainState, records: Records) -> dict:
+        # Every host needs the whole answer, so the outputs are replicated.
+        def compiled(tta_config):
+            step = steps.make_predict_step(model, scale, tta_config)
+            return jax.jit(step, out_shardings=meshes.replicated(mesh))
+
+        self._predict = self._look = compiled(config.tta)
+        if config.tta.k:
+            plain = config.tta.copy_and_resolve_references()
+            plain.k = 0
+            self._look = compiled(plain)
+
+    def predict(
+        self, state: steps.TrainState, records: Records, *, votes: bool = True
+    ) -> dict:
         """Predictions of a split as NumPy arrays, one row per image, in order.
+
+        Without `votes` only the images themselves are run, whatever `tta.k`.
 
         Returns:
           names, patients str [N]; labels, sites int32 [N]; logits float32 [N, K];
@@ -43,11 +53,11 @@ class Evaluator:
         channels = records.images[0].shape[-1]
         canvas = (config.data.image_size, config.data.image_size, channels)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        parts = []
+        run, parts = self._predict if votes else self._look, []
         for batch, rows in pipeline.scoring_batches(
             records, fit, canvas, config.eval.batch_size, self.mesh
         ):
-            out = jax.device_get(self._predict(variables, batch.images))
+            out = jax.device_get(run(variables, batch.images))
             parts.append({name: value[: len(rows)] for name, value in out.items()})
         stacked = {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
         return {

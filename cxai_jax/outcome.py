@@ -33,7 +33,7 @@ def conclude(run: setup.Run, state) -> dict:
     held_out = "val" in dataset.splits and "val" not in config.data.fit.split("+")
     calibrated = {}
     if held_out:
-        validation = run.evaluator.predict(state, dataset.splits["val"])
+        validation = run.evaluator.predict(state, dataset.splits["val"], votes=False)
         calibrated = calibration.calibrate(
             (validation["logits"], validation["labels"]),
             (predictions["logits"], predictions["labels"]),

@@ -150,7 +150,7 @@ def score_curve(run: setup.Run, writer: Writer, state, step: int) -> None:
     for split in ("val", run.config.data.test):
         if split in run.dataset.splits and split not in run.config.data.fit.split("+"):
             records = run.dataset.splits[split]
-            predictions = run.evaluator.predict(state, records)
+            predictions = run.evaluator.predict(state, records, votes=False)
             if writer.shows_images:
                 maps = preview.class_map_sheet(predictions, records)
                 writer.image(step, f"{split}_class_maps", maps)

@@ -56,8 +56,9 @@ def make_folder(root, count=4):
     return root
 
 
-def config(name, data_dir, split=""):
-    return ConfigDict({"name": name, "data_dir": str(data_dir), "split": split})
+def config(name, data_dir, split="", fold=""):
+    fields = {"name": name, "data_dir": str(data_dir), "split": split}
+    return ConfigDict(fields | {"fold": fold, "split_seed": 0})
 
 
 def run(capsys, *options):

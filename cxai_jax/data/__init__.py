@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from cxai_jax.data import cxr, folder, phantom, sites
+from cxai_jax.data import cxr, folder, folds, phantom, sites
 from cxai_jax.data.records import Dataset
 
 DATASETS: dict[str, Callable[[ConfigDict], Dataset]] = {
@@ -20,8 +20,10 @@ DATASETS: dict[str, Callable[[ConfigDict], Dataset]] = {
 def load(data_config: ConfigDict) -> Dataset:
     """Opens the data set `config.data.name`; "folder:x" is the folder prepared as x.
 
+    With `config.data.fold` its images are split anew, see `folds.refold`.
+
     Raises:
-      ValueError: for an unknown name; it lists the known ones.
+      ValueError: for an unknown name, listing the known ones, or an impossible fold.
     """
     name, _, directory = data_config.name.partition(":")
     if name not in DATASETS or (directory and name != "folder"):
@@ -29,4 +31,7 @@ def load(data_config: ConfigDict) -> Dataset:
             f"unknown data set config.data.name={data_config.name!r}; known: "
             f"{', '.join(DATASETS)}, folder:NAME"
         )
-    return DATASETS[name](data_config)
+    dataset = DATASETS[name](data_config)
+    if not data_config.fold:
+        return dataset
+    return folds.refold(dataset, data_config.fold, data_config.split_seed)
