@@ -50,7 +50,6 @@ class Profile(NamedTuple):
     size: int  # Pixels, side of the input.
     words: str  # Rows of the config behind the row itself.
     fields: tuple[str, ...]
-    voted: tuple[str, ...]  # Rows that vote, with 31 more forward passes an image.
 
 
 PROFILES = {
@@ -58,7 +57,6 @@ PROFILES = {
         size=112,
         words="lite0,short",
         fields=("train.epochs=8", "train.eval_every_epochs=2"),
-        voted=("baseline", "full"),
     ),
     "gpu": Profile(
         size=224,
@@ -68,7 +66,6 @@ PROFILES = {
             "train.eval_every_epochs=10",
             "train.checkpoint_every_epochs=50",
         ),
-        voted=(*ROWS, *CONTROLS),
     ),
 }
 
@@ -137,16 +134,16 @@ def plan(
         f"data.data_dir={str(data_dir)!r}",
         "data.fit=train",  # Leaves val for the learning curves.
         *compare.sized(profile.size),
+        "tta.k=31",
         *profile.fields,
     ]
-    votes = {row: "+tta.k=31" if row in profile.voted else "" for row in rows}
     return [
         job
         for group in (ROWS, CONTROLS)
         for site in sites
         for job in compare.plan(
             FILES[site],
-            {r: f"{r},{profile.words}{votes[r]}" for r in group if r in rows},
+            {row: f"{row},{profile.words}" for row in group if row in rows},
             seeds=seeds,
             folds=compare.fold_names(folds),
             fields=fields,
