@@ -36,7 +36,8 @@ def pool(parts: Sequence[dict]) -> dict:
     pooled = {name: np.concatenate([part[name] for part in parts]) for name in columns}
     names, times = np.unique(pooled["names"], return_counts=True)
     if times.max() > 1:
-        raise ValueError(f"{names[times.argmax()]!r} was tested in two folds")
+        twice = str(names[times.argmax()])
+        raise ValueError(f"{twice!r} was tested in two folds")
     order = np.argsort(pooled["names"], kind="stable")
     constants = {n: v for n, v in parts[0].items() if not isinstance(v, np.ndarray)}
     return constants | {name: value[order] for name, value in pooled.items()}
@@ -116,8 +117,9 @@ def resampled(values: np.ndarray) -> np.ndarray:
 
 def spread(values: np.ndarray) -> dict:
     """Mean, deviation and interval of [seeds, 1 + resamples], column 0 unresampled."""
-    low, high = np.nanpercentile(resampled(values), (2.5, 97.5))
-    own = values[:, 0]
+    drawn, own = resampled(values), values[:, 0]
+    drawn = drawn[np.isfinite(drawn)]  # A draw of one class has no AUC.
+    low, high = np.percentile(drawn, (2.5, 97.5)) if len(drawn) else (np.nan, np.nan)
     return {
         "mean": float(own.mean()),
         "sd": float(own.std(ddof=1)) if len(own) > 1 else None,
@@ -132,7 +134,9 @@ def detectable(values: np.ndarray) -> float:
 
     2.8 standard errors, of the paired bootstrap.
     """
-    return float(POWER * np.nanstd(resampled(values), ddof=1))
+    drawn = resampled(values)
+    drawn = drawn[np.isfinite(drawn)]
+    return float(POWER * drawn.std(ddof=1)) if len(drawn) > 1 else float("nan")
 
 
 def scores(weights: np.ndarray, run: dict) -> dict[str, np.ndarray]:
@@ -205,7 +209,7 @@ def describe(table: dict[str, dict]) -> str:
         lines.append(system)
         for name, value in values.items():
             line = f"  {name:<26} {shown(value):<28}"
-            for gain in filter(None, (value.get("difference"),)):
+            if gain := value.get("difference"):
                 line += f" difference {shown(gain, '+')}, "
                 line += f"detectable {100 * gain['detectable']:.1f}"
             lines.append(line.rstrip())
