@@ -215,8 +215,9 @@ def tta(config):
 ROWS = {
     row.__name__: row
     for row in (
-        *(baseline, cpe, cpe_raw, snapmix, full, full_raw, mixup, cutmix),
-        *(contrastive, lite0, short, tta),
+        *(baseline, cpe, snapmix, full),
+        *(cpe_raw, full_raw, mixup, cutmix, contrastive),
+        *(lite0, short, tta),
     )
 }
 

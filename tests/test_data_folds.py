@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cxai_jax.data import folds, sites, splits
+from cxai_jax.data import folds, pipeline, sites, splits
 from cxai_jax.data.records import SPLITS, Dataset, Records
 
 
@@ -134,6 +134,18 @@ def test_the_verdict_is_of_the_fold():
         "LEAKS: 1 of 12 test images have a near duplicate in train (1 pixel-identical)"
     )
     assert leaking.leakage["pairs"]["train-test"]["shared_patients"] == 0
+
+
+def test_folds_of_almost_one_size_have_one_shape_on_the_device():
+    records = by_patient().splits["train"]
+    for count in (41, 42):
+        canvas, batch = pipeline.decode_all(
+            records.subset(np.arange(count)), lambda image: image, np.inf
+        )
+        assert canvas == (16, 16, 1) and batch.images.shape == (64, 16, 16, 1)
+        np.testing.assert_array_equal(batch.images[:count], records.images[:count])
+        assert (batch.images[count:] == records.images[0]).all()
+        assert batch.labels.shape == batch.valid.shape == (64,)
 
 
 def site_a(count=80):
