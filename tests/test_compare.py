@@ -352,3 +352,27 @@ def test_a_campaign_goes_on_and_does_not_repeat(tmp_path, monkeypatch):
     other = jobs(fields=["train.epochs=1"])
     with pytest.raises(ValueError, match="is of another run: config.train.epochs"):
         compare.run_all(other, *place, say=said.append)
+
+
+@pytest.mark.slow
+def test_two_folds_of_a_real_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    command = ["configs/demo.py", "--rows", "baseline", "--folds=2", "--seeds=0"]
+    command += [f"--out={tmp_path / 'runs'}", "--name=small", "--epochs=1", "--size=32"]
+    command += ["--set", "data.phantom_images=96", "tta.k=3", "tta.patch=4"]
+    compare.main(command)
+    table = json.loads((tmp_path / "results" / "small.json").read_text())
+    assert table["images"] == {"0": 96} and table["runs"] == 2
+    sites = [
+        s for s in table["table"]["baseline"] if s.startswith("accuracy after voting")
+    ]
+    assert len(sites) == 3  # Of all images and of each site.
+    kept = sorted((tmp_path / "results" / "small").glob("*.json"))
+    assert [path.name for path in kept] == [
+        "phantom_baseline_1of2_s0.json",
+        "phantom_baseline_2of2_s0.json",
+    ]
+    times = [path.stat().st_mtime for path in kept]
+    compare.main(command)  # Nothing is repeated.
+    assert times == [path.stat().st_mtime for path in kept]
+    assert "2 of 2 runs are finished" in capsys.readouterr().out

@@ -167,6 +167,14 @@ def test_site_a_has_blocks_with_validation_beside_the_test_block():
     assert "no patient ids" in found.leakage["verdict"]
 
 
+def test_few_images_still_have_a_validation_part():
+    names, labels = site_a(6)
+    found = folds.refold(dataset(names, labels, [""] * 12, ("site_a",)), "1of2")
+    assert [len(found.splits[s]) for s in SPLITS] == [4, 2, 6]
+    found = folds.refold(by_patient(images=12, patients=8), "1of2")
+    assert all(set(found.splits[s].labels) == {0, 1} for s in SPLITS)
+
+
 def test_each_site_is_folded_by_its_own_rule():
     names, labels = site_a(40)
     patients = [""] * 80 + [f"p{i % 20}" for i in range(60)]

@@ -92,17 +92,15 @@ def assign(
         turn = (fold - number) % count
         rest = np.flatnonzero(turn != count - 1)
         place = np.argsort(np.lexsort((order, turn)))[rest]
-        held = splits.blocked_folds(place, labels[rest], VALIDATION)
+        held = splits.blocked_folds(place, labels[rest], parts_of(rest, labels[rest]))
     else:
         known = (records.patients != "").any()
         scheme = "patient-disjoint" if known else "random (image-level)"
         fold = splits.grouped_folds(records.patients, labels, count, seed)
         rest = np.flatnonzero(fold != number - 1)
-        patients = records.patients[rest]
-        persons = np.array(splits.named(patients))
-        rarest = min(len(set(persons[labels[rest] == k])) for k in set(labels[rest]))
-        parts = min(VALIDATION, rarest)
-        held = splits.grouped_folds(patients, labels[rest], parts, seed)
+        persons = np.array(splits.named(records.patients))[rest]
+        parts = parts_of(persons, labels[rest])
+        held = splits.grouped_folds(persons, labels[rest], parts, seed)
     part[rest[held == 0]] = "val"
     part[fold == number - 1] = "test"
     for name in SPLITS:
@@ -112,6 +110,11 @@ def assign(
                 "for fewer folds or another config.data.split_seed"
             )
     return part, scheme
+
+
+def parts_of(persons: np.ndarray, labels: np.ndarray) -> int:
+    """VALIDATION, or less where a class has fewer persons: one in so many is val."""
+    return min(VALIDATION, *(len(set(persons[labels == k])) for k in set(labels)))
 
 
 def checked(records: Records, part: np.ndarray) -> dict:
