@@ -31,6 +31,8 @@ ADDED_FIELDS = {
     "contrastive.weight": 0.0,
     "contrastive.temperature": 0.05,
     "optim.groups": [],
+    "data.fold": "",
+    "data.split_seed": 0,
 }
 
 

@@ -1,103 +1,176 @@
-"""Systems of one config side by side: several seeds, paired differences, one table.
+"""Systems of one config side by side: folds, seeds, paired differences, one table.
 
-python -m experiments.compare configs/siteB.py baseline,short cpe,short full,short \
-    --seeds=0,1,2 --set data.data_dir=data --out=runs/table2 --name=table2_site_b
+python -m experiments.compare configs/siteB.py --rows baseline,short full,short \
+    --backbone=lite0 --folds=5 --seeds=0,1 --set data.data_dir=data --name=rows_site_b
 
 A system is a list of the config's rows, and fields that only it changes behind plus
-signs: `full,lite0,short+cam.mode=eval`. The first one is the reference. All systems of
-a seed share split, order and, where they have the same parts, initial weights.
-Finished runs under --out are taken as they are and stopped ones continued; results go
-to experiments/results/NAME.json.
+signs: `full,short+cam.mode=eval`. The first one is the reference. All systems of a seed
+share split, order and, where they have the same parts, initial weights. With --folds
+every image of the data set is tested, each by the network that has not seen it.
 
-Scores are means over the seeds with their standard deviation, which says how much
-training varies; 95 % intervals, of the scores and of the paired difference to the
-reference, resample patients: one draw weighs the images of all systems and seeds.
+A finished run is one small file in experiments/results/NAME/. Runs whose file is there
+are not repeated, stopped ones (under --out) go on, so a campaign continues on another
+day or machine; runs go fold by fold, so that whatever is finished can be compared.
+Table: experiments/results/NAME.json, .md and .tex; see `paired` for its intervals.
 """
 
 import argparse
 import ast
 import json
-from collections.abc import Sequence
+import re
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cxai_jax import host
+from cxai_jax import data, host
 from cxai_jax.config import claim_workdir, flatten, load_config_file
-from cxai_jax.scoring import evaluate, metrics
+from cxai_jax.models import MODELS
+from cxai_jax.scoring import evaluate
 from cxai_jax.training import loop as training
 from cxai_jax.training.results import versions
 from cxai_jax.voting import rules
 from cxai_jax.writer import write_json
-from experiments.alignment import average, f1
+from experiments import kept_runs, paired
 
 RESULTS = Path(__file__).parent / "results"
-RESAMPLES = 2000
+
+
+class Job(NamedTuple):
+    """One run of a campaign; `name` is that of its file."""
+
+    system: str
+    seed: int
+    config: ConfigDict
+
+    @property
+    def fold(self) -> str:
+        return self.config.data.fold
+
+    @property
+    def name(self) -> str:
+        parts = (self.config.data.name, self.system, self.fold, f"s{self.seed}")
+        return re.sub(r"[^\w.=-]+", "_", "_".join(filter(None, parts)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", help="file, for example configs/siteB.py")
-    parser.add_argument("systems", nargs="+", help="ROWS[+FIELD=VALUE ...]")
+    parser.add_argument("--rows", nargs="+", required=True, help="ROWS[+FIELD=VALUE]")
     parser.add_argument("--seeds", default="0,1,2", help="with commas between")
+    parser.add_argument("--folds", type=int, help="default: the split as prepared")
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--backbone", help="a row such as lite0, or a model's name")
+    parser.add_argument("--size", type=int, help="pixels, side of the input")
     parser.add_argument("--set", nargs="*", default=[], help="FIELD=VALUE, for all")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--name", required=True, help="of the file in results/")
+    parser.add_argument("--out", type=Path, help="of the workdirs; default runs/NAME")
+    parser.add_argument("--name", required=True, help="of folder and table in results/")
+    parser.add_argument("--max_minutes", type=float, help="begin no run after that")
+    parser.add_argument("--list", action="store_true", help="say what is finished")
     options = parser.parse_args(arguments)
+    folder = RESULTS / options.name
     try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-        configs = {
-            system: [
-                make_config(options.config, system, [*options.set, f"seed={seed}"])
-                for seed in seeds
-            ]
-            for system in options.systems
-        }
-    except ValueError as error:
-        parser.error(str(error))
-    host.keep_freed_memory()
-    cache = options.out.absolute() / "xla_cache"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    runs = {system: [] for system in options.systems}
-    for number, seed in enumerate(seeds):  # By seed: a stop leaves whole pairs.
-        for system in options.systems:
-            workdir = options.out / f"{system}-{seed}"
-            runs[system].append(run(configs[system][number], workdir))
-    table = compare(runs)
-    print(describe(table))
-    first = runs[options.systems[0]][0]["results"]
-    write_json(
-        RESULTS / f"{options.name}.json",
-        {
-            "data": first["data"]["name"],
-            "split": first["data"]["split_scheme"],
-            "leakage": first["data"]["leakage"].get("verdict"),
-            "images": len(runs[options.systems[0]][0]["labels"]),
-            "config file": Path(options.config).name,
-            "set": [f for f in options.set if not f.startswith("data.data_dir=")],
-            "seeds": seeds,
-            "table": table,
-            "versions": versions(),
-            "device": first["device"],
-        },
-    )
+        jobs = plan(
+            options.config,
+            {row: row for row in options.rows},
+            seeds=[int(seed) for seed in options.seeds.split(",")],
+            folds=fold_names(options.folds),
+            fields=[*fields_of(options), *options.set],
+            backbone=options.backbone,
+        )
+        if not options.list:
+            out = options.out or Path("runs", options.name)
+            run_all(jobs, folder, out, minutes=options.max_minutes)
+        print(listed(jobs, folder))
+        cells = finished(jobs, folder)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    if not all(cells.values()):
+        sys.exit("not every row has a finished run: no table yet")
+    runs = balanced(cells)
+    table = paired.compare(runs)
+    print(paired.describe(table))
+    write_table(RESULTS / options.name, table, about(jobs, folder, runs))
 
 
-def make_config(file: str, system: str, fields: list[str]) -> ConfigDict:
+def fields_of(options: argparse.Namespace) -> list[str]:
+    """The fields behind --epochs and --size."""
+    fields = [] if options.epochs is None else [f"train.epochs={options.epochs}"]
+    return fields + (sized(options.size) if options.size else [])
+
+
+def sized(size: int) -> list[str]:
+    """Fields of an input of `size` pixels: its crop margin and its cells, 28 a side."""
+    return [
+        f"data.image_size={size}",
+        f"data.resize={round(size * 15 / 14)}",
+        f"tta.patch={max(1, size // 28)}",
+    ]
+
+
+def fold_names(folds: int | None) -> list[str]:
+    """["1of5", ...], or [""] for the split as prepared."""
+    return [f"{i + 1}of{folds}" for i in range(folds)] if folds else [""]
+
+
+def plan(
+    file: str,
+    systems: dict[str, str],
+    *,
+    seeds: Sequence[int],
+    folds: Sequence[str],
+    fields: Sequence[str],
+    backbone: str | None = None,
+) -> list[Job]:
+    """All runs of a campaign: seed by seed, fold by fold, system by system.
+
+    Args:
+      file: path of a config.
+      systems: name -> ROWS[+FIELD=VALUE ...].
+      folds: values of `config.data.fold`.
+      fields: FIELD=VALUE, for all.
+      backbone: a row, or a key of MODELS.
+
+    Raises:
+      ValueError: as `make_config`, or for an unknown backbone.
+    """
+    words, fields = "", list(fields)
+    if backbone in MODELS:
+        fields.append(f"model.name={backbone}")
+    elif backbone:
+        words = f",{backbone}"
+    return [
+        Job(name, seed, make_config(file, system, given, words))
+        for seed in seeds
+        for fold in folds
+        for given in [[*fields, f"seed={seed}", f"data.fold='{fold}'"]]
+        for name, system in systems.items()
+    ]
+
+
+def make_config(
+    file: str, system: str, fields: list[str], words: str = ""
+) -> ConfigDict:
     """The config of one system.
 
     Args:
       file: path of a config.
       system: ROWS[+FIELD=VALUE ...].
       fields: further FIELD=VALUE.
+      words: further rows, with a comma before each.
 
     Raises:
       ValueError: for an unknown row or field, or a value of another type.
     """
     rows, *own = system.split("+")
-    config = load_config_file(f"{file}:{rows}")
+    config = load_config_file(f"{file}:{rows}{words}")
     known = flatten(json.loads(config.to_json()))
     for given in (*fields, *own):
         field, equals, value = given.partition("=")
@@ -121,151 +194,207 @@ def make_config(file: str, system: str, fields: list[str]) -> ConfigDict:
     return config
 
 
-def run(config: ConfigDict, workdir: Path) -> dict:
-    """Trains one network, or finds it trained; its predictions with its results."""
+def run_all(
+    jobs: Sequence[Job],
+    folder: Path,
+    out: Path,
+    *,
+    minutes: float | None = None,
+    say: Callable[[str], None] = lambda text: print(text, flush=True),
+) -> None:
+    """Runs the jobs that have no file yet; one that diverges is told and passed over.
+
+    Args:
+      folder: where the files of finished runs are.
+      out: where runs have their workdirs until they are finished.
+      minutes: none is begun that would end later, by the median of those before.
+
+    Raises:
+      ValueError: if a file is there that is of another run.
+    """
+    host.keep_freed_memory()
+    cache = out.absolute() / "xla_cache"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    fingerprints: dict[str, str] = {}
+    for job in jobs:  # All are checked first, before any time is spent.
+        path = folder / f"{job.name}.json"
+        if path.exists():
+            given = job.config.data
+            key = given.to_json()
+            if key not in fingerprints:
+                fingerprints[key] = data.load(given).fingerprint
+            wanted = {
+                "config": config_of(job),
+                "versions": versions(),
+                "fingerprint": fingerprints[key],
+            }
+            kept_runs.check(path, kept_runs.read(path), wanted)
+    begun, seconds = time.monotonic(), []
+    missing = [job for job in jobs if not (folder / f"{job.name}.json").exists()]
+    for number, job in enumerate(missing, 1):
+        started = time.monotonic()
+        expected = statistics.median(seconds) if seconds else 0.0
+        if minutes is not None and started - begun + expected > 60 * minutes:
+            say(f"{minutes:g} minutes are over; {len(missing) - number + 1} runs left")
+            return
+        try:
+            results, predictions = run(job.config, out / job.name)
+        except FloatingPointError as error:
+            say(f"{job.name} FAILED: {error}")
+            continue
+        keep(folder / f"{job.name}.json", job, results, predictions)
+        shutil.rmtree(out / job.name)
+        jax.clear_caches()
+        seconds.append(time.monotonic() - started)
+        left = statistics.median(seconds) * (len(missing) - number) / 60
+        right = np.mean(predictions["chosen"] == predictions["labels"])
+        say(
+            f"[{number}/{len(missing)}] {job.name}: accuracy {100 * right:.1f} "
+            f"({seconds[-1]:.0f} s; about {left:.0f} minutes left)"
+        )
+
+
+def run(config: ConfigDict, workdir: Path) -> tuple[dict, dict]:
+    """Trains one network, or finds it trained: results and predictions to keep."""
     claim_workdir(config, workdir)
     done = workdir / "results.json"
     if not done.exists():
         training.train(config, workdir)
-    predictions = evaluate.load_predictions(
-        workdir / f"predictions_{config.data.test}.npz"
+    found = evaluate.load_predictions(workdir / f"predictions_{config.data.test}.npz")
+    predictions = {n: found[n] for n in ("names", "patients", "labels", "sites")}
+    predictions["probs"] = found["probs"][:, 0]
+    predictions["chosen"] = found["probs"][:, 0].argmax(1)
+    if (k := found["probs"].shape[1] - 1) > 0:
+        votes = rules.votes_for(found["probs"], theta=config.tta.theta, k=k)
+        predictions["voted"] = np.asarray(votes.labels)
+        predictions["opposing"] = np.asarray(votes.opposing)
+    return json.loads(done.read_text()), predictions
+
+
+def keep(path: Path, job: Job, results: dict, predictions: dict) -> None:
+    """Writes the file of a finished run."""
+    described = results["data"]
+    described["leakage"] = described["leakage"].get("verdict")
+    scored = [row for row in results["curve"] if "val" in row]
+    curve = {"step": [row["step"] for row in scored]}
+    for name in ("accuracy", "cross_entropy"):
+        curve[name] = [round(row["val"][name], 4) for row in scored]
+    about = {
+        "system": job.system,
+        "seed": job.seed,
+        "fold": job.fold,
+        "config": config_of(job),
+        "data": described,
+        "versions": results["versions"],
+        "device": results["device"],
+        "steps": results["steps"],
+        "seconds": round(results.get("time", {}).get("total_s", 0)),
+        "curve": curve,  # Of validation.
+    }
+    kept_runs.keep(path, about, predictions)
+
+
+def config_of(job: Job) -> dict:
+    """The job's config without the place of data and weights."""
+    config = json.loads(job.config.to_json())
+    del config["data"]["data_dir"]
+    weights = config["model"]["pretrained"]
+    config["model"]["pretrained"] = weights.replace("\\", "/").split("/")[-1]
+    return config
+
+
+def listed(jobs: Sequence[Job], folder: Path) -> str:
+    """Which runs are finished, a line for each system and seed."""
+    lines = {}
+    for job in jobs:
+        there = (folder / f"{job.name}.json").exists()
+        mark = (job.fold or "run") if there else "-"
+        lines.setdefault((job.system, job.seed), []).append(mark)
+    done = sum(mark != "-" for marks in lines.values() for mark in marks)
+    return f"{done} of {len(jobs)} runs are finished\n" + "\n".join(
+        f"  {system:<24} seed {seed}: {' '.join(marks)}"
+        for (system, seed), marks in lines.items()
     )
-    del predictions["class_maps"]
-    return predictions | {"results": json.loads(done.read_text())}
 
 
-def compare(runs: dict[str, list[dict]]) -> dict[str, dict]:
-    """Every score of every system.
+def finished(jobs: Sequence[Job], folder: Path) -> dict[str, dict]:
+    """system -> (seed, fold) -> the run as `paired.compare` wants it."""
+    cells = {job.system: {} for job in jobs}
+    for job in jobs:
+        path = folder / f"{job.name}.json"
+        if path.exists():
+            kept = kept_runs.read(path)
+            described = kept["data"]
+            cells[job.system][job.seed, job.fold] = kept["predictions"] | {
+                "positive": described["class_names"].index(described["positive"]),
+                "site_names": described["site_names"],
+            }
+    return cells
 
-    Args:
-      runs: system -> its runs by seed, as `run` returns them; the first system is the
-        reference. Seeds may have splits of their own, systems may not.
 
-    Returns:
-      system -> score -> {"mean", "sd", "low", "high", "seeds"} and, except for the
-      reference, "difference" with mean, sd, low, high and seeds.
+def balanced(cells: dict[str, dict]) -> dict[str, dict[int, dict]]:
+    """The folds of each seed pooled, of what all systems have finished.
+
+    Of the seeds those with most folds are taken, so that no image counts more.
 
     Raises:
-      ValueError: if two systems of a seed were tested on different images.
+      ValueError: if the systems have no finished run in common.
     """
-    reference = next(iter(runs))
-    for system, by_seed in runs.items():
-        for seed, (one, other) in enumerate(zip(runs[reference], by_seed, strict=True)):
-            if one["names"].tolist() != other["names"].tolist():
-                raise ValueError(
-                    f"{reference} and {system} were tested on different images, run "
-                    f"{seed} of each; give both the same --set data.split"
-                )
-    patients = [
-        np.where(r["patients"] == "", r["names"], r["patients"])
-        for r in runs[reference]
-    ]
-    everybody = np.unique(np.concatenate(patients))
-    random, count = np.random.default_rng(0), len(everybody)
-    draws = random.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    draws = np.concatenate([np.ones((1, count), int), draws])  # Row 0: all.
-    weights = [draws[:, np.searchsorted(everybody, p)] for p in patients]
-    found = {
-        system: [scores(w, r) for w, r in zip(weights, by_seed, strict=True)]
-        for system, by_seed in runs.items()
-    }
-    table = {}
-    for system, by_seed in found.items():
-        table[system] = {}
-        for name in by_seed[0]:
-            values = np.stack([s[name] for s in by_seed])  # [seeds, 1 + resamples]
-            table[system][name] = spread(values)
-            if system != reference and name in found[reference][0]:
-                base = np.stack([s[name] for s in found[reference]])
-                table[system][name]["difference"] = spread(values - base)
-    return table
-
-
-def spread(values: np.ndarray) -> dict:
-    """Mean, deviation and interval of [seeds, 1 + resamples], column 0 unresampled."""
-    low, high = np.nanpercentile(values[:, 1:].mean(0), (2.5, 97.5))
-    own = values[:, 0]
+    common = set.intersection(*(set(of) for of in cells.values()))
+    if not common:
+        raise ValueError(f"{', '.join(cells)} have no finished fold and seed in common")
+    folds = {s: sorted(f for t, f in common if t == s) for s, _ in sorted(common)}
+    most = max(map(len, folds.values()))
     return {
-        "mean": float(own.mean()),
-        "sd": float(own.std(ddof=1)) if len(own) > 1 else None,
-        "low": float(low),
-        "high": float(high),
-        "seeds": own.tolist(),
-    }
-
-
-def scores(weights: np.ndarray, run: dict) -> dict[str, np.ndarray]:
-    """Weighted accuracy, precision, recall, F1 and AUC; all but AUC after voting too.
-
-    Where several sites are scored, the same of each, behind "SITE: ".
-
-    Args:
-      weights: [R, N], how often each image counts.
-      run: as `run` returns it.
-
-    Returns:
-      Score -> [R].
-    """
-    labels, probs, about = run["labels"], run["probs"], run["results"]
-    positive = about["data"]["class_names"].index(about["data"]["positive"])
-    chosen = {"": probs[:, 0].argmax(1)}
-    if (k := probs.shape[1] - 1) > 0:
-        theta = about["config"]["tta"]["theta"]
-        chosen[" after voting"] = np.asarray(rules.vote(probs, theta=theta, k=k))
-    places = {"": np.ones(len(labels), bool)}
-    if len(about["data"]["site_names"]) > 1:
-        places |= {
-            f"{name}: ": run["sites"] == site
-            for site, name in enumerate(about["data"]["site_names"])
-            if (run["sites"] == site).any()
+        system: {
+            seed: paired.pool([of[seed, fold] for fold in chosen])
+            for seed, chosen in folds.items()
+            if len(chosen) == most
         }
-    found = {}
-    for place, here in places.items():
-        own, truth = weights[:, here], labels[here]
-        for when, decided in chosen.items():
-            for name, value in decisions(own, truth, decided[here], positive).items():
-                found[f"{place}{name}{when}"] = value
-        found[f"{place}auc"] = metrics.weighted_auc(
-            truth == positive, probs[here, 0, positive], own
-        )
-    return found
-
-
-def decisions(
-    weights: np.ndarray, labels: np.ndarray, chosen: np.ndarray, positive: int
-) -> dict[str, np.ndarray]:
-    """Weighted accuracy, and precision, recall and F1 of the positive class, each [R].
-
-    0/0 is 0, as in `metrics.class_rates`.
-    """
-    ill, called = labels == positive, chosen == positive
-    hits, of_called, of_ill = (weights @ x for x in (ill & called, called, ill))
-    return {
-        "accuracy": average(weights, labels == chosen),
-        "precision": hits / np.maximum(of_called, 1),
-        "recall": hits / np.maximum(of_ill, 1),
-        "f1": f1(weights, labels, chosen, positive),
+        for system, of in cells.items()
     }
 
 
-def describe(table: dict[str, dict]) -> str:
-    """The table as text, in percent."""
+def about(jobs: Sequence[Job], folder: Path, runs: dict) -> dict:
+    """What a table was made of."""
+    kept = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in (folder / f"{job.name}.json" for job in jobs)
+        if path.exists()
+    ]
+    by_seed = next(iter(runs.values()))
 
-    def shown(value: dict, sign: str = "") -> str:
-        sd = "" if value["sd"] is None else f" ± {100 * value['sd']:.1f}"
-        numbers = (100 * value[key] for key in ("mean", "low", "high"))
-        mean, low, high = (f"{number:{sign}.1f}" for number in numbers)
-        return f"{mean}{sd} ({low} to {high})"
+    def distinct(values):
+        return list(dict.fromkeys(values))
 
-    lines = ["mean ± sd over seeds (95 % interval over patients), percent"]
-    for system, values in table.items():
-        lines.append(system)
-        for name, value in values.items():
-            line = f"  {name:<32} {shown(value):<28}"
-            if "difference" in value:
-                line += f" difference {shown(value['difference'], '+')}"
-            lines.append(line.rstrip())
-    return "\n".join(lines)
+    return {
+        "data": distinct(k["data"]["name"] for k in kept),
+        "split": distinct(k["data"]["split_scheme"] for k in kept),
+        "leakage": distinct(k["data"]["leakage"] for k in kept),
+        "images": {str(s): len(run["labels"]) for s, run in by_seed.items()},
+        "seeds": list(by_seed),
+        "runs": len(kept),
+        "minutes": round(sum(k["seconds"] for k in kept) / 60),
+        "device": distinct(k["device"]["kind"] for k in kept),
+        "versions": {
+            name: distinct(k["versions"][name] for k in kept)
+            for name in kept[0]["versions"]
+        },
+    }
+
+
+def write_table(path: Path, table: dict, described: dict) -> None:
+    """Writes PATH.json, .md and .tex."""
+    write_json(path.with_name(f"{path.name}.json"), {**described, "table": table})
+    note = (
+        f"{', '.join(described['data'])}, {described['images']} test images by seed, "
+        f"{described['runs']} runs, percent.\n\n"
+    )
+    path.with_name(f"{path.name}.md").write_text(note + paired.markdown(table), "utf-8")
+    path.with_name(f"{path.name}.tex").write_text(
+        f"% {note}{paired.latex(table)}", "utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from cxai_jax.data import cxr, folder, phantom, sites
+from cxai_jax.data import cxr, folder, folds, phantom, sites
 from cxai_jax.data.records import Dataset, DatasetSpec
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -18,10 +18,15 @@ DATASETS: dict[str, DatasetSpec] = {
 def load(data_config: ConfigDict) -> Dataset:
     """Opens the data set `config.data.name`; "folder:x" is the folder prepared as x.
 
+    With `config.data.fold` its images are split anew, see `folds.refold`.
+
     Raises:
-      ValueError: for an unknown name; it lists the known ones.
+      ValueError: for an unknown name, listing the known ones, or an impossible fold.
     """
-    return spec_of(data_config.name).load(data_config)
+    dataset = spec_of(data_config.name).load(data_config)
+    if not data_config.fold:
+        return dataset
+    return folds.refold(dataset, data_config.fold, data_config.split_seed)
 
 
 def spec_of(name: str) -> DatasetSpec:

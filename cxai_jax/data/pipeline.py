@@ -26,6 +26,7 @@ from cxai_jax.data.records import Records
 from cxai_jax.types import Batch
 
 RESIDENCIES = ("auto", "device", "host")
+SAME_SHAPE = 64  # Rows: folds that differ by a few images share a compiled step.
 
 
 def fit_for_training(config) -> Callable[[np.ndarray], np.ndarray]:
@@ -102,8 +103,9 @@ def decode_all(
     """Decodes a whole split onto the smallest canvas that holds all of its images.
 
     Returns:
-      (canvas (Hc, Wc, C), the split as one host Batch [N, ...]); None in place of the
-      Batch if its images would take more than `max_bytes`.
+      (canvas (Hc, Wc, C), the split as one host Batch [N, ...], filled up with copies
+      of its first row to a multiple of SAME_SHAPE); None in place of the Batch if its
+      images would take more than `max_bytes`.
     """
     pairs, canvas, rows = [], (0, 0, 0), np.arange(len(records))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -115,6 +117,8 @@ def decode_all(
             pairs.append(None if too_big else pair)
     if too_big:
         return canvas, None
+    filler = -len(rows) % SAME_SHAPE
+    rows, pairs = np.pad(rows, (0, filler)), pairs + pairs[:1] * filler
     return canvas, assemble(records, rows, pairs, canvas)
 
 

@@ -104,7 +104,7 @@ def plan_site_a(
     elif split == "random":
         chosen = splits.random_stratified(labels)
     else:
-        chosen = splits.blocked([_number(file) for file in files], labels)
+        chosen = splits.blocked([file_number(file) for file in files], labels)
     sources = [
         Source(file, name, int(label), str(part))
         for file, name, label, part in zip(files, names, labels, chosen, strict=True)
@@ -192,8 +192,9 @@ def _class_files(source: Path, folders: Sequence[str]) -> tuple[list, np.ndarray
     return flat, labels, [file.relative_to(source).as_posix() for file in flat]
 
 
-def _number(file: Path) -> int:
-    found = re.search(r"\((\d+)\)", file.name)
+def file_number(file: str | Path) -> int:
+    """Site A's order of acquisition: 12 of "COVID/Covid (12).jpg"."""
+    found = re.search(r"\((\d+)\)", Path(file).name)
     if not found:
         raise ValueError(
             f"{file}: no number in brackets, as in 'Covid (12).jpg', which the blocked "

@@ -79,9 +79,6 @@ def patient_disjoint(
 ) -> np.ndarray:
     """Random split in which no patient is in two splits, with near equal class shares.
 
-    Patients come in order of falling size, ties shuffled; each goes where most images
-    of its classes are still missing.
-
     Args:
       patients: str [N]; each "" counts as a patient of its own.
       labels: int [N].
@@ -91,18 +88,92 @@ def patient_disjoint(
     Returns:
       str [N], "train", "val" or "test".
     """
-    labels = np.asarray(labels)
-    alone = [f"\0{i}" if not p else str(p) for i, p in enumerate(patients)]
-    groups, group = np.unique(alone, return_inverse=True)
     classes, label = np.unique(labels, return_inverse=True)
-    images = np.zeros((len(groups), len(classes)), int)
+    sizes = [counts(n, fractions) for n in np.bincount(label)]
+    wanted = [[size[name] for size in sizes] for name in FRACTIONS]
+    return np.array(list(FRACTIONS))[_fill(patients, label, wanted, seed)]
+
+
+def grouped_folds(
+    patients: np.ndarray, labels: np.ndarray, folds: int, seed: int = 0
+) -> np.ndarray:
+    """Folds that share no patient, with near equal sizes and class shares.
+
+    Args:
+      patients: str [N]; each "" counts as a patient of its own.
+      labels: int [N].
+      folds: how many.
+      seed: of the shuffle.
+
+    Returns:
+      int [N], 0 .. folds - 1.
+
+    Raises:
+      ValueError: for more folds than patients.
+    """
+    if folds > (known := len(np.unique(named(patients)))):
+        raise ValueError(f"{folds} folds of {known} patients; ask for fewer folds")
+    classes, label = np.unique(labels, return_inverse=True)
+    # The remainders of the classes go to different folds.
+    turn = np.argsort(np.argsort(label, kind="stable")) % folds
+    wanted = np.zeros((folds, len(classes)))
+    np.add.at(wanted, (turn, label), 1)
+    return _fill(patients, label, wanted, seed)
+
+
+def blocked_folds(
+    numbers: np.ndarray, labels: np.ndarray, folds: int, seed: int = 0
+) -> np.ndarray:
+    """Folds of contiguous file numbers, per class.
+
+    Each class, sorted by number, is cut into `folds` equal runs. A seed other than 0
+    moves the cuts: the numbers then begin at a random place and go round.
+
+    Args:
+      numbers: int [N], the order of acquisition, e.g. from the file names.
+      labels: int [N].
+      folds: how many.
+      seed: of the place where the first run begins.
+
+    Returns:
+      int [N], 0 .. folds - 1.
+
+    Raises:
+      ValueError: for more folds than images of a class.
+    """
+    fold, random = np.empty(len(labels), int), np.random.default_rng(seed)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if folds > len(members):
+            raise ValueError(
+                f"{folds} folds of a class of {len(members)} images; ask for fewer "
+                "folds"
+            )
+        ordered = members[np.argsort(np.asarray(numbers)[members], kind="stable")]
+        ordered = np.roll(ordered, -random.integers(len(ordered)) if seed else 0)
+        for number, run in enumerate(np.array_split(ordered, folds)):
+            fold[run] = number
+    return fold
+
+
+def named(patients: np.ndarray) -> list[str]:
+    """Patient ids [N] in which each unknown patient, "", is somebody."""
+    return [f"\0{i}" if not p else str(p) for i, p in enumerate(patients)]
+
+
+def _fill(patients, label: np.ndarray, wanted, seed: int) -> np.ndarray:
+    """The place of each image, int [N], that keeps patients whole.
+
+    Patients come in order of falling size, ties shuffled; each goes where most images
+    of its classes are still missing of `wanted` [places, K].
+    """
+    groups, group = np.unique(named(patients), return_inverse=True)
+    missing = np.array(wanted, float)
+    images = np.zeros((len(groups), missing.shape[1]), int)
     np.add.at(images, (group, label), 1)
-    sizes = [counts(n, fractions) for n in images.sum(0)]
-    names = list(FRACTIONS)
-    missing = np.array([[size[name] for size in sizes] for name in names], float)
     chosen = np.empty(len(groups), int)
     shuffled = np.random.default_rng(seed).permutation(len(groups))
     for g in shuffled[np.argsort(-images[shuffled].sum(1), kind="stable")]:
         chosen[g] = np.argmax(missing @ images[g])
         missing[chosen[g]] -= images[g]
-    return np.array(names)[chosen[group]]
+    return chosen[group]

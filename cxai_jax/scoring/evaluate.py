@@ -28,18 +28,27 @@ class Evaluator:
         meshes.check_batch(config.eval.batch_size, mesh, "config.eval.batch_size")
         self.mesh = mesh
         self._config = config
-        # Every host needs the whole answer, so the outputs are replicated.
-        self._predict = jax.jit(
-            make_predict_step(model, scale, config.tta),
-            out_shardings=meshes.replicated(mesh),
-        )
 
-    def predict(self, variables: PyTree, records: Records) -> dict:
+        # Every host needs the whole answer, so the outputs are replicated.
+        def compiled(tta_config):
+            step = make_predict_step(model, scale, tta_config)
+            return jax.jit(step, out_shardings=meshes.replicated(mesh))
+
+        self._predict = self._look = compiled(config.tta)
+        if config.tta.k:
+            plain = config.tta.copy_and_resolve_references()
+            plain.k = 0
+            self._look = compiled(plain)
+
+    def predict(
+        self, variables: PyTree, records: Records, *, votes: bool = True
+    ) -> dict:
         """Predictions of a split as NumPy arrays, one row per image, in order.
 
         Args:
           variables: params and batch_stats.
           records: the split.
+          votes: False runs only the images themselves, whatever `tta.k`.
 
         Returns:
           names, patients str [N]; labels, sites int32 [N]; logits float32 [N, K];
@@ -50,11 +59,11 @@ class Evaluator:
         fit = pipeline.fit_for_scoring(config)
         channels = records.images[0].shape[-1]
         canvas = (config.data.image_size, config.data.image_size, channels)
-        parts = []
+        run, parts = self._predict if votes else self._look, []
         for batch, rows in pipeline.scoring_batches(
             records, fit, canvas, config.eval.batch_size, self.mesh
         ):
-            out = jax.device_get(self._predict(variables, batch.images, batch.sites))
+            out = jax.device_get(run(variables, batch.images, batch.sites))
             parts.append({name: value[: len(rows)] for name, value in out.items()})
         stacked = {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
         return {

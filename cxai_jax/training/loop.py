@@ -150,7 +150,8 @@ def score_curve(run: Run, method: Method, writer: Writer, state, step: int) -> N
     for split, records in splits.items():
         if records is None:
             continue
-        predictions = run.evaluator.predict(method.scored(state), records)
+        scored = method.scored(state)
+        predictions = run.evaluator.predict(scored, records, votes=False)
         if writer.shows_images:
             maps = preview.class_map_sheet(predictions, records)
             writer.image(step, f"{split}_class_maps", maps)

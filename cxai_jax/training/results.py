@@ -70,7 +70,7 @@ def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
     config, dataset, split = run.config, run.tested, run.config.data.test
     calibrated = {}
     if run.validation is not None:
-        validation = run.evaluator.predict(variables, run.validation)
+        validation = run.evaluator.predict(variables, run.validation, votes=False)
         calibrated = calibration.calibrate(
             (validation["logits"], validation["labels"]),
             (predictions["logits"], predictions["labels"]),

@@ -68,7 +68,7 @@ def load_sources(config) -> dict[str, Dataset]:
             if name in sources:
                 continue
             other = config.data.copy_and_resolve_references()
-            other.name, other.split = name, ""
+            other.name, other.split, other.fold = name, "", ""
             sources[name] = data.load(other)
             check_alike(main, sources[name], f"config.data.{field}={split}")
     return sources

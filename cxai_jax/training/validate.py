@@ -130,6 +130,8 @@ RULES: dict[str, Rule] = {
     "data.name": Rule(_is_data_set, f"known: {', '.join(data.DATASETS)}, folder:NAME"),
     "data.data_dir": TEXT,
     "data.split": TEXT,
+    "data.fold": TEXT,  # data.folds.refold tells its form.
+    "data.split_seed": whole(0),
     "data.fit": SPLIT_NAMES,
     "data.target": NO_OR_SPLIT_NAMES,
     "data.test": SPLIT_NAMES,

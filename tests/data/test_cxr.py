@@ -47,7 +47,8 @@ def write_table(root, rows):
 
 
 def settings(data_dir, split="", name="cxr"):
-    return ConfigDict({"name": name, "split": split, "data_dir": str(data_dir)})
+    fields = {"name": name, "split": split, "data_dir": str(data_dir)}
+    return ConfigDict(fields | {"fold": "", "split_seed": 0})
 
 
 @pytest.fixture(scope="module")

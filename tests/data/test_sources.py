@@ -56,8 +56,9 @@ def make_folder(root, count=4):
     return root
 
 
-def config(name, data_dir, split=""):
-    return ConfigDict({"name": name, "data_dir": str(data_dir), "split": split})
+def config(name, data_dir, split="", fold=""):
+    fields = {"name": name, "data_dir": str(data_dir), "split": split}
+    return ConfigDict(fields | {"fold": fold, "split_seed": 0})
 
 
 def run(capsys, *options):
@@ -140,6 +141,17 @@ def test_joint_pools_the_sites_as_0_and_1(prepared):
     assert "site_b: clean" in joint.leakage["verdict"]
 
 
+def test_prepared_data_fold_over_all_of_their_splits(prepared):
+    tested = []
+    for fold in ("1of2", "2of2"):
+        found = data.load(config("site_b", prepared / "data", fold=fold))
+        assert found.split_scheme == f"fold {fold[0]} of 2, patient-disjoint"
+        tested += found.splits["test"].names.tolist()
+    assert len(set(tested)) == 8
+    with pytest.raises(ValueError, match="'9of9' of site_b: 9 folds of 8 patients"):
+        data.load(config("site_b", prepared / "data", fold="9of9"))
+
+
 def test_unprepared_and_unknown_splits_say_what_there_is(prepared):
     with pytest.raises(
         FileNotFoundError, match="of site_a: blocked.*--dataset=site_a --source"
@@ -155,7 +167,7 @@ def test_unprepared_and_unknown_splits_say_what_there_is(prepared):
 def test_nothing_imports_tensorflow(prepared):
     code = (
         "import sys; from ml_collections import ConfigDict; from cxai_jax import data;"
-        "d = data.load(ConfigDict(dict(name='site_b', split='', "
+        "d = data.load(ConfigDict(dict(name='site_b', split='', fold='', "
         f"data_dir={str(prepared / 'data')!r}))); d.splits['train'].images[0];"
         "sys.exit('tensorflow' in sys.modules)"
     )

@@ -24,6 +24,9 @@ def run(tmp_path_factory):
     records = data.load(config.data).splits[config.data.test]
     evaluator = evaluate.Evaluator(model.model, model.scale, config, make_mesh())
     predictions = evaluator.predict(model.variables, records)
+    plain = evaluator.predict(model.variables, records, votes=False)
+    assert plain["probs"].shape[1] == 1 and predictions["probs"].shape[1] == 4
+    np.testing.assert_allclose(plain["probs"], predictions["probs"][:, :1], atol=1e-6)
     evaluate.save_predictions(workdir / "predictions_test.npz", predictions)
     results = json.loads((workdir / "results.json").read_text())
     results["metrics"] = {"all": {"accuracy": 0.75}}
