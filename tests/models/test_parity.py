@@ -40,8 +40,12 @@ def build(name, num_classes):
 def lite0_tensors():
     if LITE0_FILE.exists():
         return pretrained.read_tensors(str(LITE0_FILE))
-    pytest.importorskip(pretrained.LITE0_PACKAGE)
-    return pretrained.read_tensors("lite0-imagenet")
+    return packaged("lite0-imagenet")
+
+
+def packaged(spec):
+    pytest.importorskip(pretrained.PACKAGED[spec][0])
+    return pretrained.read_tensors(spec)
 
 
 def waves():
@@ -84,6 +88,21 @@ def test_lite0_knows_a_military_uniform_and_its_golden_logits(lite0_tensors):
     np.testing.assert_allclose(logits[1][np.array(order)], golden, atol=2e-3)
     bias = variables["params"]["head"]["bias"]
     np.testing.assert_allclose(out.class_maps.mean((1, 2)) + bias, logits, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lite1", "lite2"])
+def test_larger_lite_networks_know_it_too(name):
+    """Packaged weights, with nothing left over but counters."""
+    tensors = packaged(f"{name}-imagenet")
+    model, variables = build(f"efficientnet_{name}", 1000)
+    variables, summary = pretrained.fill(tensors, f"efficientnet_{name}", variables)
+    norms = sum(key.endswith("running_var") for key in tensors)
+    assert (summary["ignored"], summary["fresh"]) == (norms, [])
+    logits, _ = jax.jit(lambda v, x: model.apply(v, x, "eval"))(variables, photograph())
+    probs = jax.nn.softmax(logits[0])
+    assert int(probs.argmax()) == 652
+    assert probs[652] > 0.25
 
 
 def torch_lite0(torch):
