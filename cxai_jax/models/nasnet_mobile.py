@@ -201,9 +201,10 @@ class NASNetMobile(Backbone):
 
 def _average(x: Array, stride: int = 1) -> Array:
     """Mean over 3x3 windows, of the pixels inside the map alone."""
-    return nn.avg_pool(
+    y = nn.avg_pool(
         x, (3, 3), (stride, stride), padding="SAME", count_include_pad=False
     )
+    return y.astype(x.dtype)  # Flax counts the pixels in float32.
 
 
 SPEC = BackboneSpec(
