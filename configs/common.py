@@ -19,9 +19,8 @@ def get_config() -> ConfigDict:
     model.name = "resnet50"  # Key of cxai_jax.models.MODELS.
     model.head = "linear"  # linear | mlp. The CAM of an mlp is Grad-CAM (A11).
     model.extra_bn = False  # BN+ReLU after layer2 and layer4, as published (A10).
-    model.pretrained = (
-        ""  # "", lite0-imagenet, a file (.npz .safetensors .pth), hub id.
-    )
+    # "", lite0-imagenet (lite1, lite2), a file (.npz .safetensors .pth), hub id.
+    model.pretrained = ""
     model.dtype = "float32"  # Convolutions: float32 | bfloat16. Losses stay float32.
     model.norm = "plain"  # plain | per_site: scale, bias, statistics of each site.
     model.projection = 0  # Width of the embedding that `contrastive` compares; 0: none.
