@@ -134,7 +134,7 @@ def claim_workdir(config: ConfigDict, workdir: Path, *, write: bool = True) -> N
         if differing:
             raise ValueError(
                 f"{workdir} holds a run of another config: {'; '.join(differing)}. "
-                "Choose another --workdir, or delete this one to start afresh"
+                "Choose another --workdir, or give the fields as they were"
             )
     if write:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,9 @@ MODE = flags.DEFINE_enum(
     ["train", "eval", "check"],
     "Train and score; score a checkpoint; or check everything without a run.",
 )
+FORCE_RESUME = flags.DEFINE_bool(
+    "force_resume", False, "Continue a run although its data have changed since."
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other hosts, which Slurm or the TPU pod tells of."
 )
@@ -55,8 +58,12 @@ def main(_) -> None:
         else:
             if warning := check.unused_gpu():
                 logging.warning(warning)
-            run = {"train": train, "eval": score}[MODE.value]
-            text = summary(run(CONFIG.value, workdir))
+            if MODE.value == "eval":
+                results = score(CONFIG.value, workdir)
+            else:
+                force = FORCE_RESUME.value
+                results = train(CONFIG.value, workdir, force_resume=force)
+            text = summary(results)
             text += f"\nreport: {workdir / 'report.html'}"
     except EXPLAINED as error:
         sys.exit(f"error: {error}")

@@ -49,6 +49,7 @@ def check(config, workdir: Path) -> str:
     run = open_run(config, workdir)
     fit = fit_records(run.sources, config.data.fit)
     lines += describe_data(run.dataset)
+    workdir.mkdir(parents=True, exist_ok=True)
     picture = workdir / "check.png"
     picture.write_bytes(figures.encode(montage(config, run.dataset, fit), "PNG"))
     lines.append(

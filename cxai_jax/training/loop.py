@@ -18,7 +18,7 @@ from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.methods.method import Method
 from cxai_jax.scoring import evaluate
-from cxai_jax.training import preview
+from cxai_jax.training import lock, preview, resume
 from cxai_jax.training.compile import compile_run
 from cxai_jax.training.results import conclude
 from cxai_jax.training.run import (
@@ -31,27 +31,44 @@ from cxai_jax.training.run import (
 )
 from cxai_jax.writer import Timer, Writer, clock
 
+RESUME = (
+    "Continue with the data as they were, train on these in another --workdir, or add "
+    "--force_resume to continue all the same"
+)
+SCORE = (
+    "Its results are left as they are; score it with its own data, at "
+    "config.data.data_dir"
+)
 
-def train(config, workdir: Path) -> dict:
+
+def train(config, workdir: Path, *, force_resume: bool = False) -> dict:
     """Trains (or continues) the run in `workdir`, scores it and writes results.json.
 
     Args:
       config: a config made like configs/common.py.
       workdir: holds config.json, metrics.jsonl, checkpoints/, predictions_*.npz and
         results.json.
+      force_resume: continue although the data have changed since.
 
     Returns:
       The contents of results.json.
 
     Raises:
-      ValueError: for a config that does not fit the data, the devices or the workdir.
+      ValueError: for a config that does not fit the data, the devices or the workdir,
+        data that have changed, or a workdir in which another training runs.
       FloatingPointError: if the loss stops being finite; the last checkpoint stays.
     """
+    with lock.training(workdir, active=jax.process_index() == 0):
+        return train_alone(config, workdir, force_resume)
+
+
+def train_alone(config, workdir: Path, force_resume: bool) -> dict:
+    """`train` in a workdir that is held for it."""
     claim_workdir(config, workdir, write=jax.process_index() == 0)
-    run = open_run(config, workdir)
+    run = open_run(config, workdir, write=True)
     plan = make_plan(run)
     state = initial_state(run, plan.method)
-    step, restored = 0, run.checkpoints.restore("latest", state)
+    step, restored = 0, resume.restore(run, state, force=force_resume, advice=RESUME)
     if restored:
         state, step, about = restored
         state = meshes.put_replicated(state, run.mesh)
@@ -167,18 +184,26 @@ def score_curve(run: Run, method: Method, writer: Writer, state, step: int) -> N
 def score(config, workdir: Path) -> dict:
     """Scores the checkpoint of a finished or stopped run again (`--mode=eval`).
 
+    Beside a live training the results go to `workdir/eval/live`: the workdir is its.
+
     Raises:
       FileNotFoundError: if the workdir holds no checkpoint.
+      ValueError: for another config or other data than the run has trained on.
     """
+    claim_workdir(config, workdir, write=False)
     run = open_run(config, workdir)
     method = make_method(config, run.network, total_steps=1)
-    restored = run.checkpoints.restore("latest", initial_state(run, method))
+    restored = resume.restore(run, initial_state(run, method), advice=SCORE)
     if restored is None:
         raise FileNotFoundError(
             f"{workdir}/checkpoints holds no checkpoint; train first with --mode=train"
         )
     state, step, about = restored
     run.curve = about["curve"]
+    if who := lock.holder(workdir):
+        run.out = workdir / "eval" / "live"
+        run.out.mkdir(parents=True, exist_ok=True)
+        logging.warning("%s is writing in %s: results go to %s", who, workdir, run.out)
     state = meshes.put_replicated(state, run.mesh)
     return conclude(run, method, state, steps=step, compiled={})
 
