@@ -1,6 +1,7 @@
 """python -m cxai_jax.main --config=configs/siteB.py:full,lite0 --workdir=runs/b"""
 
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cxai_jax import host
+from cxai_jax import disk, host
 from cxai_jax.config import check_overrides, load_config_file
 from cxai_jax.report.pages import summary
 from cxai_jax.training import check
@@ -43,8 +44,9 @@ def main(_) -> None:
     host.keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    for noisy in ("absl", "orbax", "jax"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    for noisy in ("absl", "orbax"):  # What orbax logs as an error it raises as well.
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     name, _, rows = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     default = Path("runs", "-".join([Path(name).stem, *filter(None, rows.split(","))]))
     workdir = Path(WORKDIR.value or default)
@@ -67,6 +69,12 @@ def main(_) -> None:
             text += f"\nreport: {workdir / 'report.html'}"
     except EXPLAINED as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if not (told := disk.explain(error)):
+            raise
+        sys.exit(f"error: {told}; the same command continues once it can be written")
+    except KeyboardInterrupt as error:  # Where nothing listens, or the second signal.
+        host.stop(error.args[0] if error.args else signal.SIGINT, "at once")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from cxai_jax import disk
 from cxai_jax.training import lock
 from cxai_jax.types import PyTree
 
@@ -68,6 +69,7 @@ class Checkpoints:
             for name, count in (("latest", keep), ("best", 1))
         }
         self.folder = folder
+        self._size = 0  # Bytes of the state saved last.
 
     def save(self, kind: str, step: int, state: PyTree, about: dict) -> None:
         """Writes one step; returns once it is safe to change `state`.
@@ -79,6 +81,7 @@ class Checkpoints:
         Raises:
           RuntimeError: if orbax declined to save (a step that exists already is
             left as it is).
+          DiskError: if this or the step before could not be written.
         """
         manager = self._managers[kind]
         if step in manager.all_steps():
@@ -87,14 +90,16 @@ class Checkpoints:
         state = jax.tree.map(np.asarray, state)
         about = {**about, "leaves": leaves(state), "checksum": checksum(state)}
         about = json.loads(json.dumps(about))
-        saved = manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                about=ocp.args.JsonSave({**about, "seal": seal(about)}),
-            ),
-            force=True,
-        )
+        self._size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        with disk.writing(self.folder / kind, self._size):  # Of the step before, too.
+            saved = manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    about=ocp.args.JsonSave({**about, "seal": seal(about)}),
+                ),
+                force=True,
+            )
         if not saved:
             raise RuntimeError(
                 f"{self.folder / kind}: checkpoint of step {step} was not written; "
@@ -211,8 +216,9 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until everything handed to `save` is on disk."""
-        for manager in self._managers.values():
-            manager.wait_until_finished()
+        for name, manager in self._managers.items():
+            with disk.writing(self.folder / name, self._size):
+                manager.wait_until_finished()
 
     def close(self) -> None:
         for manager in self._managers.values():

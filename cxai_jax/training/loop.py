@@ -6,7 +6,6 @@ started again continues bit for bit. The host touches a device value at log step
 
 import logging
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -58,7 +57,8 @@ def train(config, workdir: Path, *, force_resume: bool = False) -> dict:
         data that have changed, or a workdir in which another training runs.
       FloatingPointError: if the loss stops being finite; the last checkpoint stays.
     """
-    with lock.training(workdir, active=jax.process_index() == 0):
+    active = jax.process_index() == 0
+    with host.StopSignal(), lock.training(workdir, active=active):
         return train_alone(config, workdir, force_resume)
 
 
@@ -78,7 +78,9 @@ def train_alone(config, workdir: Path, force_resume: bool) -> dict:
         writer.say(f"continuing {workdir} at step {step} of {plan.total_steps}")
     compiled = {}
     if step < plan.total_steps:
+        host.stop_if_asked("before compilation")
         advance, compiled = compile_run(run, plan, state, step)
+        host.stop_if_asked("after compilation")
         announce(run, plan, writer, compiled, step)
         state = loop(run, plan, writer, advance, state, step, compiled["residency"])
     run.checkpoints.wait()
@@ -141,8 +143,7 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
             if asked and not last:
                 run.checkpoints.wait()
                 writer.close()
-                print(f"stopped at step {step}; the same command continues", flush=True)
-                sys.exit(128 + signal.SIGTERM)
+                host.stop(stop.asked or signal.SIGTERM, f"at step {step}")
     # A host that runs ahead waits for images while the devices are busy, and makes up
     # for it at the next log step.
     share = (waiting - blocked) / max(time.monotonic() - begun, 1e-9)
@@ -190,6 +191,12 @@ def score(config, workdir: Path) -> dict:
       FileNotFoundError: if the workdir holds no checkpoint.
       ValueError: for another config or other data than the run has trained on.
     """
+    with host.StopSignal():
+        return score_alone(config, workdir)
+
+
+def score_alone(config, workdir: Path) -> dict:
+    """`score` where signals are listened to."""
     claim_workdir(config, workdir, write=False)
     run = open_run(config, workdir)
     method = make_method(config, run.network, total_steps=1)

@@ -8,6 +8,7 @@ from importlib import metadata
 
 import jax
 
+from cxai_jax import disk
 from cxai_jax import mesh as meshes
 from cxai_jax.data import novelty
 from cxai_jax.data.identity import identity
@@ -36,8 +37,9 @@ def conclude(run: Run, method: Method, state, *, steps: int, compiled: dict) -> 
       The contents of results.json. Beside it lie the predictions file, what `predict`
       needs (novelty) and report.html.
     """
+    disk.check(run.out)
     variables, selected = select(run, method, state)
-    predictions = run.evaluator.predict(variables, run.test)
+    predictions = run.evaluator.predict(variables, run.test, stoppable=True)
     found = explain_some(run, variables)
     results = collect(run, variables, predictions) | {
         "explanations": summary_of(run, found),
@@ -71,7 +73,9 @@ def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
     config, dataset, split = run.config, run.tested, run.config.data.test
     calibrated = {}
     if run.validation is not None:
-        validation = run.evaluator.predict(variables, run.validation, votes=False)
+        validation = run.evaluator.predict(
+            variables, run.validation, votes=False, stoppable=True
+        )
         calibrated = calibration.calibrate(
             (validation["logits"], validation["labels"]),
             (predictions["logits"], predictions["labels"]),
@@ -116,7 +120,7 @@ def write(run: Run, results: dict, predictions: dict, found: dict) -> None:
     page = run_report(
         results, predictions, run.test, read_log(run.workdir), found or None
     )
-    (run.out / "report.html").write_text(page, encoding="utf-8")
+    disk.write(run.out / "report.html", page)
 
 
 def warn_below_chance(scored: dict) -> None:
