@@ -13,6 +13,7 @@ import signal
 import sys
 
 import jax
+from jax._src import xla_bridge  # There is no public way to ask what has begun.
 
 # Parameters of mallopt(3), from malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
@@ -26,6 +27,7 @@ DEFAULTS = {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 << 10}
 # A small block in a freed large one makes the next execution look for room elsewhere:
 # up to four copies of a program's temporaries were seen in the heap.
 COPIES = 4
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def keep_freed_memory() -> bool:
@@ -59,6 +61,27 @@ def limit(temporaries: int) -> bool:
         for setting in DEFAULTS.items():
             library.mallopt(*setting)
     return False
+
+
+def be_deterministic() -> None:
+    """Makes XLA choose only what gives the same bits every time on one device type.
+
+    To be called before the first device is used. Only GPUs have faster choices that do
+    not: autotuning, atomic scatters, some of cuDNN's convolutions.
+
+    Raises:
+      ValueError: if a GPU is in use already and was started without.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if DETERMINISTIC in flags:
+        return
+    if not xla_bridge.backends_are_initialized():
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+    elif jax.default_backend() == "gpu":
+        raise ValueError(
+            "config.deterministic=True comes too late, a GPU is in use already; set "
+            f"XLA_FLAGS={DETERMINISTIC} before Python starts"
+        )
 
 
 class StopSignal:

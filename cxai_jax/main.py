@@ -1,5 +1,6 @@
 """python -m cxai_jax.main --config=configs/siteB.py:full,lite0 --workdir=runs/b"""
 
+import contextlib
 import logging
 import signal
 import sys
@@ -10,7 +11,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cxai_jax import disk, host
+from cxai_jax import disk, host, hosts
 from cxai_jax.config import check_overrides, load_config_file
 from cxai_jax.report.pages import summary
 from cxai_jax.training import check
@@ -36,6 +37,9 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator, from 0.")
+HOST_TIMEOUT_S = flags.DEFINE_float(
+    "host_timeout_s", 60.0, "Silence after which a host is lost and all others end."
+)
 # What a one-line message explains; anything else is a bug and keeps its traceback.
 EXPLAINED = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 
@@ -54,19 +58,10 @@ def main(_) -> None:
         "jax_compilation_cache_dir", str(workdir.absolute() / "xla_cache")
     )
     try:
-        join_hosts()
-        if MODE.value == "check":
-            text = check.check(CONFIG.value, workdir)
-        else:
-            if warning := check.unused_gpu():
-                logging.warning(warning)
-            if MODE.value == "eval":
-                results = score(CONFIG.value, workdir)
-            else:
-                force = FORCE_RESUME.value
-                results = train(CONFIG.value, workdir, force_resume=force)
-            text = summary(results)
-            text += f"\nreport: {workdir / 'report.html'}"
+        if CONFIG.value.deterministic:
+            host.be_deterministic()
+        with join_hosts():
+            text = perform(CONFIG.value, workdir)
     except EXPLAINED as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -83,8 +78,21 @@ def main(_) -> None:
         print(text)
 
 
-def join_hosts() -> None:
-    """Joins the processes of a multi-host run, before the first device is touched.
+def perform(config, workdir: Path) -> str:
+    """Does what --mode says; returns what is to be printed."""
+    if MODE.value == "check":
+        return check.check(config, workdir)
+    if warning := check.unused_gpu():
+        logging.warning(warning)
+    if MODE.value == "eval":
+        results = score(config, workdir)
+    else:
+        results = train(config, workdir, force_resume=FORCE_RESUME.value)
+    return f"{summary(results)}\nreport: {workdir / 'report.html'}"
+
+
+def join_hosts():
+    """A context in which the processes of a multi-host run have joined.
 
     Raises:
       ValueError: if --coordinator, --num_processes and --process_id are not together.
@@ -95,8 +103,9 @@ def join_hosts() -> None:
             "--coordinator, --num_processes and --process_id belong together; on Slurm "
             "and TPU pods --distributed alone finds all three"
         )
-    if DISTRIBUTED.value or COORDINATOR.value:
-        jax.distributed.initialize(*given)
+    if not (DISTRIBUTED.value or COORDINATOR.value):
+        return contextlib.nullcontext()
+    return hosts.joined(*given, timeout_s=HOST_TIMEOUT_S.value)
 
 
 def out_of_memory(config) -> str:

@@ -68,3 +68,18 @@ def test_a_signal_is_remembered_and_ends_in_order(number, capsys):
     )
     assert signal.getsignal(number) == before
     host.stop_if_asked("here")
+
+
+def test_deterministic_sets_the_flag_or_says_that_it_is_too_late(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    monkeypatch.setattr(host.xla_bridge, "backends_are_initialized", lambda: True)
+    monkeypatch.setattr(host.jax, "default_backend", lambda: "cpu")
+    host.be_deterministic()  # A CPU needs no flag.
+    monkeypatch.setattr(host.jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="too late, .* XLA_FLAGS=--xla_gpu_determ"):
+        host.be_deterministic()
+    monkeypatch.setattr(host.xla_bridge, "backends_are_initialized", lambda: False)
+    for _ in range(2):
+        host.be_deterministic()
+        flags = "--xla_a=1 --xla_gpu_deterministic_ops=true"
+        assert os.environ["XLA_FLAGS"] == flags

@@ -81,6 +81,7 @@ class Checkpoints:
         Raises:
           RuntimeError: if orbax declined to save (a step that exists already is
             left as it is).
+          FloatingPointError: if the state is not finite; the steps before stay.
           DiskError: if this or the step before could not be written.
         """
         manager = self._managers[kind]
@@ -88,6 +89,12 @@ class Checkpoints:
             return
         # The state is donated to the next step, so its bytes are taken now.
         state = jax.tree.map(np.asarray, state)
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
+            raise FloatingPointError(
+                f"the state of step {step} is not finite and was not saved to "
+                f"{self.folder / kind}; the steps there are kept. See "
+                "config.train.on_nan"
+            )
         about = {**about, "leaves": leaves(state), "checksum": checksum(state)}
         about = json.loads(json.dumps(about))
         self._size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

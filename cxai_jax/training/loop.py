@@ -11,13 +11,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from cxai_jax import host
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.methods.method import Method
 from cxai_jax.scoring import evaluate
-from cxai_jax.training import lock, preview, resume
+from cxai_jax.training import finite, lock, preview, resume
 from cxai_jax.training.compile import compile_run
 from cxai_jax.training.results import conclude
 from cxai_jax.training.run import (
@@ -57,6 +58,8 @@ def train(config, workdir: Path, *, force_resume: bool = False) -> dict:
         data that have changed, or a workdir in which another training runs.
       FloatingPointError: if the loss stops being finite; the last checkpoint stays.
     """
+    if config.deterministic:
+        host.be_deterministic()
     active = jax.process_index() == 0
     with host.StopSignal(), lock.training(workdir, active=active):
         return train_alone(config, workdir, force_resume)
@@ -117,6 +120,7 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
     }
     timer = Timer(total_steps, step, config.batch_size)
     pending, waiting, begun = [], 0.0, time.monotonic()
+    saved_at = begun
     blocked = 0.0  # Seconds in which the host waited for the devices instead.
     with host.StopSignal() as stop:
         while step < total_steps:
@@ -129,10 +133,16 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
                 name: last or (period and step // period != before // period)
                 for name, period in periods.items()
             }
+            due["save"] = due["save"] or overdue(
+                config.checkpoint_every_minutes, saved_at, due["log"]
+            )
+            if due["save"] and not due["log"]:
+                finite.check(plan, pending, step)
             if due["log"]:
                 asked_at = time.monotonic()
                 jax.block_until_ready(pending)
                 blocked += time.monotonic() - asked_at
+                finite.check(plan, pending, step)
                 log(writer, timer, pending, step, total_steps, steps_per_epoch)
                 pending = []
             if due["score"] and (periods["score"] or config.selection == "best_val"):
@@ -140,6 +150,7 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
             asked = run.checkpoints.preempted(step) or stop.asked
             if due["save"] or asked:
                 run.checkpoints.save("latest", step, state, run.about())
+                saved_at = time.monotonic()
             if asked and not last:
                 run.checkpoints.wait()
                 writer.close()
@@ -154,6 +165,18 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
             100 * share,
         )
     return state
+
+
+def overdue(minutes: float, saved_at: float, together: bool) -> bool:
+    """Whether the last save is too long ago.
+
+    The clocks of several hosts differ: they ask the first one where they are `together`
+    anyway, at log steps.
+    """
+    late = bool(minutes) and time.monotonic() - saved_at >= 60 * minutes
+    if jax.process_count() == 1:
+        return late
+    return together and bool(multihost_utils.broadcast_one_to_all(np.int32(late)))
 
 
 def score_curve(run: Run, method: Method, writer: Writer, state, step: int) -> None:
@@ -218,14 +241,8 @@ def score_alone(config, workdir: Path) -> dict:
 def log(writer, timer, pending, step, total_steps, steps_per_epoch) -> None:
     """Reads the pending metrics off the device, writes and shows their means."""
     values = jax.device_get(pending)
-    means = {name: np.mean([v[name] for v in values]) for name in values[0]}
+    means = finite.means(values)
     rate, left = timer.lap(step)
-    if not np.isfinite(means["loss"]):
-        raise FloatingPointError(
-            f"the loss is {means['loss']} at step {step}; the last checkpoint is kept. "
-            "Lower config.optim.lr_*, or set config.cpe.normalize=True (raw dot "
-            "products of ReLU features are ill-scaled) or config.optim.clip_norm=1"
-        )
     writer.scalars(step, {**means, "images_per_s": rate})
     terms = " ".join(f"{name} {value:.4g}" for name, value in means.items())
     writer.progress(
