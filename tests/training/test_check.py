@@ -166,7 +166,7 @@ def test_out_of_memory_names_the_fields_to_change():
 def joined(monkeypatch):
     calls = []
     flags.FLAGS.mark_as_parsed()
-    monkeypatch.setattr(main.jax.distributed, "initialize", lambda *a: calls.append(a))
+    monkeypatch.setattr(main.hosts, "joined", lambda *a, **_: calls.append(a))
     return calls
 
 
