@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from ml_collections import ConfigDict
+from small import small
 
 from configs import common, cxr, demo, joint, siteA, siteB
 from cxai_jax import data
@@ -11,18 +12,6 @@ from cxai_jax import mesh as meshes
 from cxai_jax.config import check_overrides, flatten, load_config_file
 from cxai_jax.training import run as runs
 from cxai_jax.training import validate
-
-
-def small(**changes):
-    config = demo.get_config("full")
-    config.data.image_size = 32
-    config.data.resize = 36
-    config.data.phantom_images = 48
-    config.train.batch_size = 8
-    config.eval.batch_size = 8
-    config.tta.k = 0
-    config.update_from_flattened_dict(changes)
-    return config
 
 
 def with_value(field, value):
