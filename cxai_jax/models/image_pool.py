@@ -52,7 +52,9 @@ def exchange(pool: ImagePool, images: Array, key: Array) -> tuple[ImagePool, Arr
     room = next_free < size
     # A place that holds no image yet, though this very batch may fill it, has none to
     # give back.
-    swap = ~room & jax.random.bernoulli(key_coin, shape=(batch,)) & (drawn < pool.filled)
+    swap = (
+        ~room & jax.random.bernoulli(key_coin, shape=(batch,)) & (drawn < pool.filled)
+    )
     old = pool.images[drawn]
     # The scatter drops what is placed out of range.
     place = jnp.where(room, next_free, jnp.where(swap, drawn, size))

@@ -124,7 +124,9 @@ def gram(features: Array) -> Array:
     """F F^T / (C h w) of a feature map [B, h, w, C]: float32 [B, C, C] (Gatys 2016)."""
     batch, height, width, channels = features.shape
     rows = features.astype(jnp.float32).reshape(batch, height * width, channels)
-    product = jnp.einsum("bnc,bnd->bcd", rows, rows, precision=jax.lax.Precision.HIGHEST)
+    product = jnp.einsum(
+        "bnc,bnd->bcd", rows, rows, precision=jax.lax.Precision.HIGHEST
+    )
     return product / (channels * height * width)
 
 

@@ -1,0 +1,123 @@
+"""Domain-adversarial training (DANN, Ganin et al. 2016).
+
+    loss = CE(task(source), labels) + CE(domain(reversed(features)), domain)
+
+The gradient of the domain classifier is reversed, and multiplied by lambda, on its way
+into the network, whose features so lose what tells the domains apart. One pass serves
+both domains: norms see the mixture of both, in training as in their running statistics.
+Deviation: the domain classifier reads the pooled features, as the head does.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from cxai_jax.methods import parts
+from cxai_jax.methods.method import Method, Network, TrainState, create_state
+from cxai_jax.models.discriminators import DomainClassifier
+from cxai_jax.objectives import adversarial
+from cxai_jax.types import Array, Batch, PyTree
+
+
+class Setting(NamedTuple):
+    """What stays the same over all steps of a run."""
+
+    config: object
+    network: Network
+    domain: nn.Module
+    optimizer: optax.GradientTransformation
+    total_steps: int
+
+
+def make(
+    config,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    *,
+    total_steps: int,
+    groups: int = 1,
+) -> Method:
+    """The method of a config; arguments as in `methods.build`.
+
+    Raises:
+      ValueError: for mixing, a guided loss or accumulation, which DANN has none of.
+    """
+    parts.check_plain(config)
+    domain = DomainClassifier(config.adapt.hidden)
+    setting = Setting(config, network, domain, optimizer, total_steps)
+    return Method(
+        streams=("source", "target"),
+        init=functools.partial(init, setting),
+        step=functools.partial(train_step, setting),
+        scored=lambda state: {
+            "params": state.params["task"],
+            "batch_stats": state.batch_stats,
+        },
+    )
+
+
+def init(setting: Setting, key: Array, variables: PyTree) -> TrainState:
+    """A state of both networks, under one optimiser as in the paper."""
+    side = setting.config.data.image_size
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    seen = jax.eval_shape(
+        lambda v, x: setting.network.model.apply(v, x, "eval")[1].features,
+        variables,
+        images,
+    )
+    pooled = jnp.zeros((1, seen.shape[-1]))
+    domain = setting.domain.init(key, pooled)["params"]
+    both = {**variables, "params": {"task": variables["params"], "domain": domain}}
+    return create_state(both, setting.optimizer)
+
+
+def train_step(
+    setting: Setting, state: TrainState, batches: dict[str, Batch], key: Array
+) -> tuple[TrainState, dict]:
+    """One step; the metrics are float32 scalars that stay on the device."""
+    config, network = setting.config, setting.network
+    key_source, key_target = jax.random.split(jax.random.fold_in(key, state.step))
+    source, target = batches["source"], batches["target"]
+    images = parts.interleave(
+        parts.prepare(key_source, source, config, network.scale)[..., :3],
+        parts.prepare(key_target, target, config, network.scale)[..., :3],
+    )
+    progress = state.step / setting.total_steps
+    weight = config.adapt.weight * adversarial.domain_ramp(progress)
+
+    def loss_fn(params):
+        (logits, outputs), batch_stats = parts.forward(
+            network.model, params["task"], state.batch_stats, images, "train"
+        )
+        pooled = outputs.features.astype(jnp.float32).mean((1, 2))
+        hidden = adversarial.reverse_gradient(pooled, weight)
+        domains = setting.domain.apply({"params": params["domain"]}, hidden)
+        labelled, of_source, of_target = logits[::2], domains[::2], domains[1::2]
+        terms = {
+            "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(
+                labelled, source.labels
+            ).mean(),
+            "domain_cross_entropy": (
+                adversarial.group_cross_entropy(of_source, 0)
+                + adversarial.group_cross_entropy(of_target, 1)
+            ).mean()
+            / 2,
+        }
+        loss = terms["cross_entropy"] + terms["domain_cross_entropy"]
+        told = (of_source.argmax(-1) == 0), (of_target.argmax(-1) == 1)
+        terms |= {
+            "loss": loss,
+            "accuracy": (labelled.argmax(-1) == source.labels).mean(),
+            "domain_accuracy": jnp.stack(told).mean(),
+            "lambda": weight,
+        }
+        return loss, (terms, batch_stats)
+
+    gradient, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+    metrics["gradient_norm"] = parts.norm(gradient)
+    state = parts.update(state, setting.optimizer, gradient, batch_stats)
+    return state, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
