@@ -1,8 +1,9 @@
-"""Ten digits in three styles: mnist, usps and mnist_m, stored as they are.
+"""Ten digits in three styles: mnist, usps and mnist_m, at the size they come in.
 
 mnist: 28 px, gray (LeCun et al. 1998). usps: 16 px, gray, no margin (Hull 1994).
 mnist_m: 32 px, colour, MNIST digits over photographs (Ganin et al. 2016). Read from
-`data_dir/digits/NAME.npz` with the arrays x_train, y_train, x_test, y_test.
+`data_dir/digits/NAME.npz` with the arrays x_train, y_train, x_test, y_test. All have
+three channels (A26), so that each can be the target of the others.
 
 Where MNIST-M is not at hand it is made from MNIST by the published recipe. Measured on
 3,000 published test images: every pixel above 0 of the digit, laid on 32 px, inverts
@@ -256,7 +257,7 @@ def _first(data_config: ConfigDict, images, labels) -> tuple:
 def _records(name: str, split: str, images, labels) -> Records:
     count = len(images)
     return Records(
-        images=images,
+        images=np.broadcast_to(images, (*images.shape[:3], 3)),  # A view of gray ones.
         labels=labels,
         sites=np.zeros(count, np.int32),
         patients=np.full(count, ""),

@@ -3,9 +3,10 @@
     loss = CE(task(source), labels) + CE(domain(reversed(features)), domain)
 
 The gradient of the domain classifier is reversed, and multiplied by lambda, on its way
-into the network, whose features so lose what tells the domains apart. One pass serves
-both domains: norms see the mixture of both, in training as in their running statistics.
-Deviation: the domain classifier reads the pooled features, as the head does.
+into the network, whose features so lose what tells the domains apart. Each domain is
+normalised by its own batch statistics, as target_statistics.py does, and the running
+ones are the target's. Deviation: the domain classifier reads the pooled features, as the
+head does, and the network has norms.
 """
 
 import functools
@@ -81,43 +82,43 @@ def train_step(
     """One step; the metrics are float32 scalars that stay on the device."""
     config, network = setting.config, setting.network
     key_source, key_target = jax.random.split(jax.random.fold_in(key, state.step))
-    source, target = batches["source"], batches["target"]
-    images = parts.interleave(
-        parts.prepare(key_source, source, config, network.scale)[..., :3],
-        parts.prepare(key_target, target, config, network.scale)[..., :3],
-    )
+    labels = batches["source"].labels
+    images, stats = {}, state.batch_stats
+    for name, own in (("source", key_source), ("target", key_target)):
+        images[name] = parts.prepare(own, batches[name], config, network.scale)[..., :3]
     progress = state.step / setting.total_steps
     weight = config.adapt.weight * adversarial.domain_ramp(progress)
 
     def loss_fn(params):
-        (logits, outputs), batch_stats = parts.forward(
-            network.model, params["task"], state.batch_stats, images, "train"
-        )
-        pooled = outputs.features.astype(jnp.float32).mean((1, 2))
-        hidden = adversarial.reverse_gradient(pooled, weight)
-        domains = setting.domain.apply({"params": params["domain"]}, hidden)
-        labelled, of_source, of_target = logits[::2], domains[::2], domains[1::2]
+        def see(name):
+            (logits, outputs), after = parts.forward(
+                network.model, params["task"], stats, images[name], "train"
+            )
+            pooled = outputs.features.astype(jnp.float32).mean((1, 2))
+            hidden = adversarial.reverse_gradient(pooled, weight)
+            domains = setting.domain.apply({"params": params["domain"]}, hidden)
+            return logits, domains, after
+
+        logits, of_source, _ = see("source")
+        _, of_target, after = see("target")
         terms = {
             "cross_entropy": optax.softmax_cross_entropy_with_integer_labels(
-                labelled, source.labels
+                logits, labels
             ).mean(),
-            "domain_cross_entropy": (
-                adversarial.group_cross_entropy(of_source, 0)
-                + adversarial.group_cross_entropy(of_target, 1)
-            ).mean()
-            / 2,
+            "domain_cross_entropy": adversarial.domain_cross_entropy(
+                of_source, of_target
+            ).mean(),
         }
         loss = terms["cross_entropy"] + terms["domain_cross_entropy"]
-        told = (of_source.argmax(-1) == 0), (of_target.argmax(-1) == 1)
         terms |= {
             "loss": loss,
-            "accuracy": (labelled.argmax(-1) == source.labels).mean(),
-            "domain_accuracy": jnp.stack(told).mean(),
+            "accuracy": (logits.argmax(-1) == labels).mean(),
+            "domain_accuracy": adversarial.domain_accuracy(of_source, of_target),
             "lambda": weight,
         }
-        return loss, (terms, batch_stats)
+        return loss, (terms, after)
 
-    gradient, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+    gradient, (metrics, after) = jax.grad(loss_fn, has_aux=True)(state.params)
     metrics["gradient_norm"] = parts.norm(gradient)
-    state = parts.update(state, setting.optimizer, gradient, batch_stats)
+    state = parts.update(state, setting.optimizer, gradient, after)
     return state, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)

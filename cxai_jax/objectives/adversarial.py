@@ -59,6 +59,23 @@ def group_cross_entropy(logits: Array, group: int) -> Array:
     return loss.reshape(loss.shape[0], -1).mean(1)
 
 
+def domain_cross_entropy(of_source: Array, of_target: Array) -> Array:
+    """Of a domain classifier that calls the source 0 and the target 1, per pair [B].
+
+    Args:
+      of_source: its logits [B, G] for source images.
+      of_target: likewise for target images.
+    """
+    source = group_cross_entropy(of_source, 0)
+    return (source + group_cross_entropy(of_target, 1)) / 2
+
+
+def domain_accuracy(of_source: Array, of_target: Array) -> Array:
+    """Share of the images whose domain is told, a scalar; arguments as above."""
+    told = (of_source.argmax(-1) == 0), (of_target.argmax(-1) == 1)
+    return jnp.stack(told).astype(jnp.float32).mean()
+
+
 def gan(scores: Array, real: bool, *, kind: str) -> Array:
     """How far a discriminator's scores are from "real", or from "fake".
 

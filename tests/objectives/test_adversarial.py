@@ -65,6 +65,20 @@ def test_group_cross_entropy():
     np.testing.assert_allclose(got, -logp[..., 2].mean(1), rtol=1e-5)
 
 
+def test_domain_classifiers_call_the_source_0_and_the_target_1():
+    of_source, of_target = RANDOM.normal(size=(2, 50, 2))
+
+    def against(logits, group):
+        return np.log(np.exp(logits).sum(-1)) - logits[:, group]
+
+    expected = (against(of_source, 0) + against(of_target, 1)) / 2
+    right = (of_source.argmax(1) == 0).mean() + (of_target.argmax(1) == 1).mean()
+    both = jnp.asarray(of_source, jnp.float32), jnp.asarray(of_target, jnp.float32)
+    got = adversarial.domain_cross_entropy(*both)
+    np.testing.assert_allclose(got, expected, rtol=2e-5)
+    assert adversarial.domain_accuracy(*both) == pytest.approx(right / 2)
+
+
 def test_semantic_consistency_has_no_gradient_on_the_verdict():
     after, before = RANDOM.normal(size=(2, 5, 10))
     logp = after - np.log(np.exp(after).sum(-1, keepdims=True))
