@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cxai_jax.data import leakage
-from cxai_jax.data.records import Dataset, Records, fingerprint
+from cxai_jax.data.records import Dataset, DatasetSpec, Records, fingerprint
 
 CLASS_NAMES = tuple("0123456789")
 SEED = 2016  # Of the generated MNIST-M, which is the same on every machine.
@@ -263,3 +263,8 @@ def _records(name: str, split: str, images, labels) -> Records:
         patients=np.full(count, ""),
         names=np.array([f"{name}/{split}/{row:05d}" for row in range(count)]),
     )
+
+
+MNIST = DatasetSpec(load_mnist, channels=3, side=None)
+USPS = DatasetSpec(load_usps, channels=3, side=None)
+MNIST_M = DatasetSpec(load_mnist_m, channels=3, side=None)

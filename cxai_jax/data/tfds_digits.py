@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cxai_jax.data import digits, transforms
-from cxai_jax.data.records import Dataset
+from cxai_jax.data.records import Dataset, DatasetSpec
 
 FRAME = struct.Struct("<QI")  # Length of the record and its checksum.
 
@@ -86,3 +86,6 @@ def tfrecords(file: Path) -> Iterator[bytes]:
         if at > len(data):
             raise ValueError(f"{file} ends inside a record; prepare it again")
         yield data[start : start + length]
+
+
+SPEC = DatasetSpec(load, channels=3, side=None)

@@ -8,11 +8,14 @@ which class maps need, that of the fully connected layers.
 
 from flax import linen as nn
 
-from cxai_jax.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from cxai_jax.models.backbone import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    BackboneSpec,
+)
 from cxai_jax.models.norm import ConvNorm
 from cxai_jax.types import Array, Mode
-
-MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
 
 
 class LeNet(Backbone):
@@ -20,15 +23,17 @@ class LeNet(Backbone):
 
     def setup(self) -> None:
         super().setup()
-        block = self.rematerialised(ConvNorm)
-        common = {"dtype": self.dtype, "lowering": self.lowering}
+        block, common = self.rematerialised(ConvNorm), self.shared()
         self.conv1 = block(20, 5, 2, padding=2, name="conv1", **common)
         self.conv2 = block(50, 5, 2, padding=2, name="conv2", **common)
         self.conv3 = block(64, 3, 1, padding=1, name="conv3", **common)
 
-    def lower(self, x: Array, mode: Mode) -> Array:
-        return nn.relu(self.conv1(x, mode))
+    def lower(self, x: Array, mode: Mode, site: Array | None = None) -> Array:
+        return nn.relu(self.conv1(x, mode, site))
 
-    def upper(self, lower: Array, mode: Mode) -> Array:
-        x = nn.relu(self.conv2(lower, mode))
-        return nn.relu(self.conv3(x, mode))
+    def upper(self, lower: Array, mode: Mode, site: Array | None = None) -> Array:
+        x = nn.relu(self.conv2(lower, mode, site))
+        return nn.relu(self.conv3(x, mode, site))
+
+
+SPEC = BackboneSpec(LeNet, IMAGENET_MEAN, IMAGENET_STD, golden=120_568)

@@ -63,7 +63,7 @@ def load_sources(config) -> dict[str, Dataset]:
     """
     main = data.load(config.data)
     sources = {"": main}
-    for field in ("fit", "target", "test"):
+    for field in ("fit", "target", "other", "test"):
         for split in filter(None, config.data[field].split("+")):
             name = split.rpartition(":")[0]
             if name in sources:
@@ -307,5 +307,10 @@ def unlabelled_records(run: Run, field: str) -> Records:
         raise ValueError(
             f"config.method={run.config.method} takes unlabelled images, and {field} "
             "names no splits; set it, for example to usps:train"
+        )
+    if shared := set(names.split("+")) & set(run.config.data.fit.split("+")):
+        raise ValueError(
+            f"config.data.fit and {field} both name {shared.pop()!r}: labels of the "
+            "target are not read; take it out of config.data.fit"
         )
     return records_of(run.sources, names, field)
