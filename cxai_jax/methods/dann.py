@@ -5,8 +5,8 @@
 The gradient of the domain classifier is reversed, and multiplied by lambda, on its way
 into the network, whose features so lose what tells the domains apart. Each domain is
 normalised by its own batch statistics, as target_statistics.py does, and the running
-ones are the target's. Deviation: the domain classifier reads the pooled features, as the
-head does, and the network has norms.
+ones are the target's. Deviation: the domain classifier reads the pooled features, as
+the head does, and the network has norms.
 """
 
 import functools
