@@ -110,7 +110,7 @@ def get_config() -> ConfigDict:
     align.mask_weight = 0.0  # Weight of 1 - energy in the lung mask.
     align.mask_dilate = 1  # Cells of the class map by which that mask grows.
 
-    config.adapt = adapt = ConfigDict()  # Methods with unlabelled images of a target.
+    config.adapt = adapt = ConfigDict()
     adapt.weight = 1.0  # Of the adversary: dann's factor of lambda, cycada, dranet.
     adapt.hidden = (100,)  # Hidden layers of the domain classifier (Ganin et al.).
     adapt.features_after = 0.5  # cycada: share of all steps before its adversary works.

@@ -5,11 +5,12 @@
 The gradient of the domain classifier is reversed, and multiplied by lambda, on its way
 into the network, whose features so lose what tells the domains apart. Each domain is
 normalised by its own batch statistics, as target_statistics.py does, and the running
-ones are the target's. Deviation: the domain classifier reads the pooled features, as
-the head does, and the network has norms.
+ones are the target's. The domain classifier reads the whole last map, one layer before
+the pooling of the head. Deviation: the network has norms.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -70,8 +71,8 @@ def init(setting: Setting, key: Array, variables: PyTree) -> TrainState:
         variables,
         images,
     )
-    pooled = jnp.zeros((1, seen.shape[-1]))
-    domain = setting.domain.init(key, pooled)["params"]
+    flat = jnp.zeros((1, math.prod(seen.shape)))
+    domain = setting.domain.init(key, flat)["params"]
     both = {**variables, "params": {"task": variables["params"], "domain": domain}}
     return create_state(both, setting.optimizer)
 
@@ -94,8 +95,8 @@ def train_step(
             (logits, outputs), after = parts.forward(
                 network.model, params["task"], stats, images[name], "train"
             )
-            pooled = outputs.features.astype(jnp.float32).mean((1, 2))
-            hidden = adversarial.reverse_gradient(pooled, weight)
+            flat = outputs.features.reshape(len(logits), -1)
+            hidden = adversarial.reverse_gradient(flat, weight)
             domains = setting.domain.apply({"params": params["domain"]}, hidden)
             return logits, domains, after
 

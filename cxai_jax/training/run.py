@@ -309,9 +309,4 @@ def unlabelled_records(run: Run, field: str) -> Records:
             f"config.method={run.config.method} takes unlabelled images, and {field} "
             "names no splits; set it, for example to usps:train"
         )
-    if shared := set(names.split("+")) & set(run.config.data.fit.split("+")):
-        raise ValueError(
-            f"config.data.fit and {field} both name {shared.pop()!r}: labels of the "
-            "target are not read; take it out of config.data.fit"
-        )
     return records_of(run.sources, names, field)
