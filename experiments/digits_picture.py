@@ -15,7 +15,7 @@ from PIL import Image
 
 from cxai_jax.config import read_config
 from cxai_jax.data import pipeline
-from cxai_jax.methods import cycada, dranet
+from cxai_jax.methods import cycada, dranet, translation
 from cxai_jax.training import run as runs
 
 TRANSLATING = {"cycada": cycada, "dranet": dranet}
@@ -53,8 +53,8 @@ def draw(workdir: Path) -> np.ndarray:
         name: pictures(plan.streams[name].records, config)
         for name in ("source", "target")
     }
-    module = TRANSLATING[config.method]
-    made = module.translate(module.setting_of(plan.method), found[0], **images)
+    setting = translation.setting_of(plan.method)
+    made = TRANSLATING[config.method].translate(setting, found[0], **images)
     rows = []
     for name, translated in made.items():
         rows += [images[name.split(" -> ")[0]], translated]

@@ -252,11 +252,6 @@ def tell(setting, params, of_source, of_target):
     )
 
 
-def setting_of(method: Method) -> Setting:
-    """What a method made here was made of, for `translate`."""
-    return method.step.args[0]
-
-
 def translate(setting: Setting, state: Several, source, target) -> dict[str, Array]:
     """Pictures in -1..1 of both translations, for looking at."""
     return {

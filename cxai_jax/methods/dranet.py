@@ -265,11 +265,6 @@ def classifier_loss(setting, state, params, images, labels):
     return loss, ({"task": after}, metrics)
 
 
-def setting_of(method: Method) -> Setting:
-    """What a method made here was made of, for `translate`."""
-    return method.step.args[0]
-
-
 def translate(setting: Setting, state: Several, source, target) -> dict[str, Array]:
     """Pictures in -1..1 of both translations, for looking at."""
     images = {"source": source, "target": target}

@@ -9,7 +9,7 @@ from flax import struct
 
 from cxai_jax.data.augment import Scale
 from cxai_jax.methods import parts
-from cxai_jax.methods.method import Network
+from cxai_jax.methods.method import Method, Network
 from cxai_jax.types import Array, Batch, PyTree
 
 
@@ -33,6 +33,11 @@ class Setting(NamedTuple):
     optimizers: dict  # Optimiser by name.
     groups: dict  # Optimiser -> names of the networks that it moves.
     total_steps: int
+
+
+def setting_of(method: Method) -> Setting:
+    """What the step of a method of this kind was made with."""
+    return method.step.args[0]
 
 
 def check_pictures(config) -> None:
