@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 from small import small
 
-from configs import common, cxr, demo, joint, siteA, siteB
+from configs import common, cxr, demo, digits, joint, siteA, siteB
 from cxai_jax import data
 from cxai_jax import mesh as meshes
 from cxai_jax.config import check_overrides, flatten, load_config_file
@@ -40,6 +40,9 @@ def test_every_config_of_the_project_passes():
             validate.check_config(module.get_config(row))
     for row in cxr.ROWS:
         validate.check_config(cxr.get_config(row))
+    for row in set(digits.ROWS) - set(digits.TARGETS):
+        for target in digits.TARGETS:
+            validate.check_config(digits.get_config(f"{row},{target}"))
 
 
 @pytest.mark.parametrize("field", validate.RULES)
@@ -103,6 +106,10 @@ def test_a_value_that_cannot_be_is_refused(field, value, words):
         ),
         ({"align.weight": 1.0, "align.maps": ("cam",)}, ["config.align.maps", "two"]),
         ({"train.accumulate": 3}, ["config.train.accumulate=3", "batch_size=8"]),
+        (
+            {"data.fit": "train+usps:train", "data.target": "usps:train"},
+            ["config.data.target both name 'usps:train'", "are not read"],
+        ),
         (
             {"train.steps_per_call": 2, "data.residency": "host"},
             ["config.train.steps_per_call=2", "config.data.residency=device"],
