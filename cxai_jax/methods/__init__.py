@@ -8,11 +8,14 @@ from collections.abc import Callable
 
 import optax
 
-from cxai_jax.methods import guided
+from cxai_jax.methods import guided, ms_net
 from cxai_jax.methods.method import Method, Network
 
 # Name -> make(config, network, optimizer, *, total_steps, groups) -> Method.
-METHODS: dict[str, Callable[..., Method]] = {"guided": guided.make}
+METHODS: dict[str, Callable[..., Method]] = {
+    "guided": guided.make,
+    "ms_net": ms_net.make,
+}
 
 
 def build(

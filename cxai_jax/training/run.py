@@ -49,7 +49,7 @@ def build_network(
     scale = Scale(*models.normalisation(config.model.name))
     if config.data.normalisation == "per_image":
         scale = PER_IMAGE
-    return Network(model, variables, scale, summary)
+    return Network(model, variables, scale, summary, num_sites)
 
 
 def load_sources(config) -> dict[str, Dataset]:
@@ -173,8 +173,9 @@ def open_run(config, workdir: Path) -> Run:
     for other in sources.values():
         if models.needs_site(config.model) and other.site_names != scored.site_names:
             raise ValueError(
-                f"config.model.norm={config.model.norm!r} has parts for the sites of "
-                f"{scored.name}, {', '.join(scored.site_names)}; {other.name} has "
+                f"config.model.norm={config.model.norm!r} and config.model.adapter="
+                f"{config.model.adapter!r} have parts for the sites of {scored.name}, "
+                f"{', '.join(scored.site_names)}; {other.name} has "
                 f"others: {', '.join(other.site_names)}"
             )
     network = build_network(

@@ -21,10 +21,17 @@ from cxai_jax.data.pipeline import RESIDENCIES
 from cxai_jax.data.records import SPLITS, Records
 from cxai_jax.maps import saliency
 from cxai_jax.methods import METHODS
+from cxai_jax.models.adapters import ADAPTERS
 from cxai_jax.models.backbone import HEADS
+from cxai_jax.models.covidnet import STAGE4_INPUTS
 from cxai_jax.models.norm import NORMS
 from cxai_jax.objectives import alignment, losses, mixing
-from cxai_jax.training.optimizer import SCHEDULES, check_groups, parse_groups
+from cxai_jax.training.optimizer import (
+    OPTIMIZERS,
+    SCHEDULES,
+    check_groups,
+    parse_groups,
+)
 from cxai_jax.voting.forward import PREFIX_REUSE, prefix_crops
 from cxai_jax.voting.rules import FILLS
 
@@ -127,6 +134,8 @@ RULES: dict[str, Rule] = {
     "model.projection": whole(0),
     "model.remat": FLAG,
     "model.norm": one_of(NORMS),
+    "model.adapter": one_of(ADAPTERS),
+    "model.stage4_input": one_of(STAGE4_INPUTS),
     "data.name": Rule(_is_data_set, f"known: {', '.join(data.DATASETS)}, folder:NAME"),
     "data.data_dir": TEXT,
     "data.split": TEXT,
@@ -151,6 +160,7 @@ RULES: dict[str, Rule] = {
     "mix.same_class": one_of(mixing.SAME_CLASS),
     "mix.boxes": one_of(mixing.BOXES),
     "mix.groups": whole(0),
+    "loss.scores": one_of(losses.SCORES),
     "cam.mode": one_of(("train", "eval")),
     "cpe.weight": FROM_ZERO,
     "cpe.num_patches": whole(2),
@@ -176,6 +186,9 @@ RULES: dict[str, Rule] = {
     "align.input_grad_fraction": Rule(_is_one_over_whole, "expected 1, 1/2, 1/3, ..."),
     "align.mask_weight": FROM_ZERO,
     "align.mask_dilate": whole(0),
+    "ms_net.warmup": SHARE,
+    "ms_net.distill": SHARE,
+    "optim.name": one_of(OPTIMIZERS),
     "optim.lr_trunk": FROM_ZERO,
     "optim.lr_fresh": FROM_ZERO,
     "optim.groups": each(TEXT, "rules EXPRESSION=GROUP"),
