@@ -129,11 +129,10 @@ def get_config() -> ConfigDict:
     optim.clip_norm = 0.0  # Global gradient norm; 0 is off.
 
     config.ms_net = ms_net = ConfigDict()
-    # Method ms_net. Share of all steps before the universal head learns (published: 500 of 50,000).
+    # Method ms_net: share of all steps before its universal head learns (published: 500
+    # of 50,000 steps).
     ms_net.warmup = 0.01
-    ms_net.distill = (
-        0.5  # Weight of the auxiliary heads' labels; the rest is the truth's.
-    )
+    ms_net.distill = 0.5  # Weight of the site heads' answers; the rest is the labels'.
 
     config.train = train = ConfigDict()
     train.batch_size = 64  # Images per step over all devices and hosts.

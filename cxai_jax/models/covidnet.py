@@ -162,7 +162,7 @@ class QuarterHead(nn.Module):
         each = jnp.broadcast_to(classes, (self.num_classes, *logits.shape))
         (slopes,) = jax.vmap(pull)(each)
         weights = slopes.reshape(*slopes.shape[:2], 4, -1).sum(2)
-        maps = jnp.einsum("bhwd,kbd->bhwk", features.astype(jnp.float32), weights)
+        maps = jnp.einsum("bhwd,kbd->bhwk", _wide(features), weights)
         return logits, maps
 
 
@@ -189,23 +189,28 @@ class QuarterProjection(nn.Module):
 def quarters(features: Array) -> Array:
     """Means of the 2x2 overlapping quarters, as torch's adaptive pooling.
 
-    [B, h, w, D] -> float32 [B, 4 D], quarter by quarter.
+    [B, h, w, D] -> float32 [B, 4 D] (or wider, as given), quarter by quarter.
     """
 
-    def halves(size: int) -> np.ndarray:
+    wide, (height, width) = _wide(features), features.shape[1:3]
+
+    def halves(size: int) -> Array:
         rows = np.arange(size)
         members = np.stack([rows < -(-size // 2), rows >= size // 2])
-        return members / members.sum(1, keepdims=True)
+        return jnp.asarray(members / members.sum(1, keepdims=True), wide.dtype)
 
-    height, width = features.shape[1:3]
     pooled = jnp.einsum(
         "ih,jw,bhwd->bijd",
-        halves(height).astype(np.float32),
-        halves(width).astype(np.float32),
-        features.astype(jnp.float32),
+        halves(height),
+        halves(width),
+        wide,
         precision=jax.lax.Precision.HIGHEST,
     )
     return pooled.reshape(len(pooled), -1)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def halve(x: Array) -> Array:
