@@ -2,7 +2,15 @@
 
 import jax.numpy as jnp
 
-from cxai_jax.models import covidnet, efficientnet_lite0, resnet, tiny
+from cxai_jax.models import (
+    covidnet,
+    covidnet_ct,
+    densenet,
+    efficientnet,
+    nasnet_mobile,
+    resnet,
+    tiny,
+)
 from cxai_jax.models.adapters import ADAPTERS
 from cxai_jax.models.backbone import HEADS, Backbone, BackboneSpec
 from cxai_jax.models.norm import NORMS
@@ -20,7 +28,10 @@ OPTIONS = {
 MODELS: dict[str, BackboneSpec] = {
     "tiny": tiny.SPEC,
     **resnet.SPECS,
-    "efficientnet_lite0": efficientnet_lite0.SPEC,
+    **efficientnet.SPECS,
+    "densenet121": densenet.SPEC,
+    "nasnet_mobile": nasnet_mobile.SPEC,
+    "covidnet_ct": covidnet_ct.SPEC,
     **covidnet.SPECS,
 }
 

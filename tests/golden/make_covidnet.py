@@ -39,7 +39,7 @@ def weights(name: str, shape) -> np.ndarray:
 
 
 def published(source: str, with_norms: bool):
-    """The published network with a sixteenth of its channels, and its tensors' names."""
+    """The published network with a sixteenth of its channels."""
     import torch
 
     narrow = re.sub(
