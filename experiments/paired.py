@@ -266,19 +266,19 @@ def _gain(value: dict | None) -> str:
     return f"{shown(value, '+')} [{100 * value['detectable']:.1f}]"
 
 
-def markdown(table: dict[str, dict]) -> str:
-    """The pages as Markdown tables, in percent."""
+def markdown(pages: Sequence[tuple[str, list[list[str]]]]) -> str:
+    """Pages, as `pages` gives them, as Markdown tables."""
     text = ""
-    for title, (head, *rows) in pages(table):
+    for title, (head, *rows) in pages:
         text += f"**{title}**\n\n| {' | '.join(head)} |\n{'|---' * len(head)}|\n"
         text += "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n"
     return text
 
 
-def latex(table: dict[str, dict]) -> str:
-    """The pages as LaTeX tabulars, in percent."""
+def latex(pages: Sequence[tuple[str, list[list[str]]]]) -> str:
+    """Pages, as `pages` gives them, as LaTeX tabulars."""
     text = ""
-    for title, (head, *rows) in pages(table):
+    for title, (head, *rows) in pages:
         text += f"% {title}\n\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\hline\n"
         text += f"{_escaped(head)}\n\\hline\n"
         text += "".join(f"{_escaped(row)}\n" for row in rows)
