@@ -390,19 +390,18 @@ def about(jobs: Sequence[Job], folder: Path, runs: dict) -> dict:
     }
 
 
-def write_table(
-    path: Path,
-    table: dict,
-    described: dict,
-    first: Sequence[tuple[str, list[list[str]]]] = (),
-) -> None:
-    """Writes PATH.json, .md and .tex; the pages `first` stand before the others."""
-    write_json(path.with_name(f"{path.name}.json"), {**described, "table": table})
+def write_table(path: Path, table: dict, described: dict) -> None:
+    """Writes PATH.json, .md and .tex."""
+    write_pages(path, {**described, "table": table}, paired.pages(table))
+
+
+def write_pages(path: Path, described: dict, pages: Sequence[paired.Page]) -> None:
+    """Writes `described`, see `about`, with its table, and pages for reading."""
+    write_json(path.with_name(f"{path.name}.json"), described)
     note = (
-        f"{', '.join(described['data'])}, {described['images']} test images by seed, "
+        f"{', '.join(described['data'])}, test images {described['images']}, "
         f"{described['runs']} runs, percent.\n\n"
     )
-    pages = [*first, *paired.pages(table)]
     path.with_name(f"{path.name}.md").write_text(note + paired.markdown(pages), "utf-8")
     path.with_name(f"{path.name}.tex").write_text(
         f"% {note}{paired.latex(pages)}", "utf-8"

@@ -181,7 +181,8 @@ def write(rows, jobs, folder: Path, site: str, path: Path) -> str:
     table = paired.compare(runs)
     page = overview(rows, jobs, folder, site, table)
     described = compare.about(jobs, folder, runs)
-    compare.write_table(path, table, described, first=[page])
+    pages = [page, *paired.pages(table)]
+    compare.write_pages(path, described | {"table": table}, pages)
     return paired.markdown([page])
 
 

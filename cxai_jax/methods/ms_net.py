@@ -135,7 +135,7 @@ def auxiliary_step(
         (_, outputs), stats = parts.forward(
             setting.model, network, state.batch_stats, images, "train", batch.sites
         )
-        logits = of_site(setting, params["head"], outputs.features, batch.sites)
+        logits = of_site(setting, params, outputs.features, batch.sites)
         return cross_entropy(setting, logits, batch.labels), stats
 
     before = state.params | {"head": state.site_heads}
@@ -160,7 +160,8 @@ def universal_step(
         (logits, outputs), stats = parts.forward(
             setting.model, params, state.batch_stats, images, "train", batch.sites
         )
-        taught = of_site(setting, state.site_heads, outputs.features, batch.sites)
+        heads = params | {"head": state.site_heads}
+        taught = of_site(setting, heads, outputs.features, batch.sites)
         answers = taught.argmax(-1)
         hard = cross_entropy(setting, logits, batch.labels)
         soft = cross_entropy(setting, logits, answers)
@@ -177,15 +178,16 @@ def universal_step(
     return state, loss, metrics | {"gradient_norm": parts.norm(gradient)}
 
 
-def of_site(setting: Setting, heads: PyTree, features: Array, site: Array) -> Array:
-    """Logits [B, K] of each image by the head of its own site."""
+def of_site(setting: Setting, params: PyTree, features: Array, site: Array) -> Array:
+    """Logits [B, K] of each image by its own site's of the heads in params["head"]."""
 
     def answer(head):
-        variables = {"params": {"head": head}}
+        variables = {"params": params | {"head": head}}
         return setting.model.apply(variables, features, "train", method="head")
 
-    own = jax.nn.one_hot(site, len(jax.tree.leaves(heads)[0]), axis=0)
-    return (own[..., None] * jax.vmap(answer)(heads)).sum(0)
+    logits = jax.vmap(answer)(params["head"])
+    own = jax.nn.one_hot(site, len(logits), axis=0, dtype=logits.dtype)
+    return (own[..., None] * logits).sum(0)
 
 
 def cross_entropy(setting: Setting, logits: Array, labels: Array) -> Array:

@@ -155,8 +155,9 @@ class Run:
 
     @property
     def tested(self) -> Dataset:
-        """The data set that the test split is of; the first's of several joined by +."""
-        return self.sources[self.config.data.test.split("+")[0].rpartition(":")[0]]
+        """The data set that the test split is of, of several joined by + the first."""
+        first = self.config.data.test.split("+")[0]
+        return self.sources[first.rpartition(":")[0]]
 
     @property
     def test(self) -> Records:

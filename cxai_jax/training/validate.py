@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cxai_jax import data, models
 from cxai_jax import mesh as meshes
 from cxai_jax.config import flatten
 from cxai_jax.data.augment import CROPS, NORMALISATIONS
-from cxai_jax.data.pipeline import RESIDENCIES
+from cxai_jax.data.pipeline import RESIDENCIES, training_rows
 from cxai_jax.data.records import SPLITS, Records
 from cxai_jax.maps import saliency
 from cxai_jax.methods import METHODS
@@ -351,7 +352,8 @@ def check_training(run, fit: Records) -> None:
     """Checks a config against the devices and the images that it trains on.
 
     Raises:
-      ValueError: for a batch that does not divide, or a lung-mask term without masks.
+      ValueError: for a batch that does not divide, or has too few images of a site for
+        norms of each, or a lung-mask term without masks.
     """
     config = run.config
     micro = config.train.batch_size // config.train.accumulate
@@ -359,8 +361,25 @@ def check_training(run, fit: Records) -> None:
     if config.train.accumulate > 1:
         field += " / config.train.accumulate"
     meshes.check_batch(micro, run.mesh, field)
+    if models.needs_site(config.model):
+        _check_sites(run, fit, micro)
     if config.align.mask_weight > 0 and fit.lung_masks is None:
         raise ValueError(
             f"config.align.mask_weight={config.align.mask_weight} needs lung masks and "
             f"{run.dataset.name} has none; set it to 0, or train on cxr or phantom"
+        )
+
+
+def _check_sites(run, fit: Records, batch: int) -> None:
+    """A batch must have two images of every site on average: one has no variance."""
+    config, names = run.config, run.dataset.site_names
+    rows = training_rows(fit, config.data.site_repeats, batch)
+    shares = np.bincount(fit.sites[rows], minlength=len(names)) / len(rows)
+    rarest = int(shares.argmin())
+    if batch * shares[rarest] < 2:
+        raise ValueError(
+            f"config.train.batch_size={config.train.batch_size} has "
+            f"{batch * shares[rarest]:.1f} images of {names[rarest]} on average, and a "
+            f"network with parts of each site ({', '.join(names)}) needs at least 2; "
+            "raise it, or the site's share with config.data.site_repeats"
         )
