@@ -50,6 +50,12 @@ ADDED_FIELDS = {
     "contrastive.weight": 0.0,
     "contrastive.temperature": 0.05,
     "optim.groups": [],
+    "optim.name": "sgd",
+    "model.adapter": "none",
+    "model.stage4_input": "published",
+    "loss.scores": "logits",
+    "ms_net.warmup": 0.01,
+    "ms_net.distill": 0.5,
     "data.fold": "",
     "data.split_seed": 0,
 }

@@ -55,9 +55,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data_dir", required=True, help="root of the prepared data")
     add(
         "--split",
-        help="site_a: blocked (default), random, wang; cxr: seed0, ...",
+        help="site_a: blocked (default), random, wang; site_b: official (default), "
+        "wang; cxr: seed0, ...",
     )
-    add("--split_files", help="site_a, wang: TRAIN.txt,TEST.txt")
+    add("--split_files", help="sites, wang: TRAIN.txt,TEST.txt")
     add("--name", help="folder: read back as folder:NAME")
     add("--skip_bad", action="store_true", help="list unreadable images and go on")
     return parser.parse_args(arguments)

@@ -50,7 +50,7 @@ def build_network(
     scale = Scale(*models.normalisation(config.model.name))
     if config.data.normalisation == "per_image":
         scale = PER_IMAGE
-    return Network(model, variables, scale, summary)
+    return Network(model, variables, scale, summary, num_sites)
 
 
 def load_sources(config) -> dict[str, Dataset]:
@@ -155,7 +155,7 @@ class Run:
 
     @property
     def tested(self) -> Dataset:
-        """The data set that the (first) test split is of."""
+        """The data set that the test split is of, of several joined by + the first."""
         first = self.config.data.test.split("+")[0]
         return self.sources[first.rpartition(":")[0]]
 
@@ -184,8 +184,9 @@ def open_run(config, workdir: Path, *, write: bool = False) -> Run:
     for other in sources.values():
         if models.needs_site(config.model) and other.site_names != scored.site_names:
             raise ValueError(
-                f"config.model.norm={config.model.norm!r} has parts for the sites of "
-                f"{scored.name}, {', '.join(scored.site_names)}; {other.name} has "
+                f"config.model.norm={config.model.norm!r} and config.model.adapter="
+                f"{config.model.adapter!r} have parts for the sites of {scored.name}, "
+                f"{', '.join(scored.site_names)}; {other.name} has "
                 f"others: {', '.join(other.site_names)}"
             )
     network = build_network(
