@@ -38,10 +38,13 @@ FLAGS = {
 
 def statistics(image: np.ndarray) -> dict[str, float]:
     """Width / height, and the mean and standard deviation of uint8 [H, W, 1]."""
+    share = np.array(Image.fromarray(image[..., 0]).histogram()) / image.size
+    levels = np.arange(256)
+    mean = share @ levels
     return {
         "aspect": image.shape[1] / image.shape[0],
-        "brightness": float(image.mean()),
-        "contrast": float(image.std()),
+        "brightness": float(mean),
+        "contrast": float(np.sqrt(share @ (levels - mean) ** 2)),
     }
 
 

@@ -171,6 +171,7 @@ def finish(
     class_names: Sequence[str],
     positive: int,
     about: dict,
+    counts: dict[str, int],
 ) -> None:
     """Writes report.html and, if any patient is known, patients.csv."""
     patients = by_patient(rows, class_names, positive)
@@ -186,5 +187,6 @@ def finish(
         positive=positive,
         patients=patients,
         about=about,
+        counts=counts,
     )
     (out / "report.html").write_text(html, encoding="utf-8")

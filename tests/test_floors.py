@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "cxai_jax"
 FLOORS = [
     {"types"},
     {"grid", "metrics", "optimizer", "mesh", "checkpoint", "writer", "augment"}
-    | {"roofline", "host_memory", "reuse", "executables"},
+    | {"roofline", "host_memory", "reuse", "executables", "data.reading"},
     {"cam", "losses", "alignment", "tta", "explanation_metrics", "config"}
     | {"calibration", "figures", "models.lowering", "data.transforms"}
     | {"data.splits", "data.leakage", "data.records"},

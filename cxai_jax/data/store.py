@@ -9,25 +9,23 @@ and come out with decoding skipped.
 
 import contextlib
 import csv
+import functools
 import io
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from cxai_jax.data import leakage, transforms
+from cxai_jax.data import leakage, reading, transforms
 from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
 
 VERSION = "1.0.0"
 SHORT_SIDE = 256  # Pixels; the published random crop of 224 needs the margin.
-CHUNK = 64  # Images decoded ahead.
 COLUMNS = ("split", "name", "label", "site", "patient")
 
 
@@ -227,21 +225,22 @@ def build(
     def examples(split):
         sources = [s for s in plan.sources if s.split == split]
         before = len(rows)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(sources), CHUNK):
-                chunk = sources[start : start + CHUNK]
-                results = pool.map(_encode, chunk, [with_masks] * len(chunk))
-                for source, result in zip(chunk, results, strict=True):
-                    seen[0] += 1
-                    progress(seen[0], len(plan.sources))
-                    if isinstance(result, ValueError):
-                        if not skip_bad:
-                            raise ValueError(f"{result}; or pass --skip_bad")
-                        skipped.append([source.name, str(result)])
-                        continue
-                    example, *digests = result
-                    rows.append((source, *digests))
-                    yield len(rows), example
+        encode = functools.partial(_encode, with_mask=with_masks)
+        for source, result in reading.read_ahead(sources, encode):
+            seen[0] += 1
+            progress(seen[0], len(plan.sources))
+            if isinstance(result, ValueError):
+                name = reading.printable(source.file)
+                result = f"{name}: {str(result).removeprefix(f'{name}: ')}"
+                if not skip_bad:
+                    raise ValueError(f"{result}; or pass --skip_bad")
+                skipped.append([source.name, result])
+                continue
+            example, animated, *digests = result
+            if animated:
+                skipped.append([source.name, "all frames but the first"])
+            rows.append((source, *digests))
+            yield len(rows), example
         if len(rows) == before:
             raise ValueError(f"no image of the split {split!r} can be read: {result}")
 
@@ -352,17 +351,13 @@ def _check(plan: Plan) -> None:
             )
 
 
-def _encode(source: Source, with_mask: bool) -> tuple | ValueError:
-    """(example, file digest, pixel digest, thumbnail) of one image, or its error."""
-    try:
-        data = source.file.read_bytes()
-        gray = transforms.decode_gray(data, str(source.file))
+def _encode(source: Source, with_mask: bool) -> tuple:
+    """(example, is animated, file digest, pixel digest, thumbnail) of one image."""
+    with reading.opened(source.file, transforms.memory) as data:
+        gray = transforms.decode_gray(data, reading.printable(source.file))
+        animated, digest = transforms.is_animated(data), leakage.digest(data)
         stored = transforms.short_side(gray, SHORT_SIDE)
-        mask = _encode_mask(source, gray, stored) if with_mask else None
-    except OSError as error:
-        return ValueError(f"{error.filename}: cannot be read ({error.strerror})")
-    except ValueError as error:
-        return error
+    mask = _encode_mask(source, gray, stored) if with_mask else None
     example = {
         "image": io.BytesIO(transforms.encode_png(stored)),
         "label": source.label,
@@ -374,7 +369,8 @@ def _encode(source: Source, with_mask: bool) -> tuple | ValueError:
         example["lung_mask"] = mask
     return (
         example,
-        leakage.digest(data),
+        animated,
+        digest,
         leakage.pixel_digest(stored),
         leakage.thumbnail(stored),
     )
