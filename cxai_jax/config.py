@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cxai_jax.writer import write_json
+from cxai_jax.writer import read_json, write_json
 
 # Fields that may change when a run is continued: they leave the training as it is.
 FREE_FIELDS = (
@@ -94,7 +94,7 @@ def claim_workdir(config: ConfigDict, workdir: Path, *, write: bool = True) -> N
     now = json.loads(config.to_json())
     begun = any((workdir / "checkpoints").glob("*/*"))
     if path.exists() and (begun or (workdir / "results.json").exists()):
-        new, old = flatten(now), ADDED_FIELDS | flatten(json.loads(path.read_text()))
+        new, old = flatten(now), ADDED_FIELDS | flatten(read_json(path))
         differing = [
             f"config.{name} is {new.get(name)!r} here and {old.get(name)!r} there"
             for name in sorted(new.keys() | old.keys())
@@ -115,6 +115,7 @@ def read_config(workdir: Path) -> ConfigDict:
 
     Raises:
       FileNotFoundError: if there is no run.
+      ValueError: if its config is damaged.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -122,8 +123,10 @@ def read_config(workdir: Path) -> ConfigDict:
             f"{path} does not exist: {workdir} is not the workdir of a run; train one "
             "with python -m cxai_jax.main --config=... --workdir=..."
         )
-    config = json.loads(path.read_text())
+    config = read_json(path, "data", "eval", "model", "optim", "seed", "train", "tta")
     for name, value in ADDED_FIELDS.items():
         group, _, field = name.partition(".")
-        config.setdefault(group, {}).setdefault(field, value)
+        if not isinstance(config.setdefault(group, {}), dict):
+            raise ValueError(f"{path} is damaged: {group} is {config[group]!r}")
+        config[group].setdefault(field, value)
     return ConfigDict(config)

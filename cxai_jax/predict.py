@@ -29,7 +29,7 @@ from cxai_jax import (
 )
 from cxai_jax.data import inputs, reading, transforms
 from cxai_jax.mesh import make_mesh
-from cxai_jax.writer import write_json
+from cxai_jax.writer import read_json, write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,12 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     if done.exists():
         made = given.out / "about.json"
-        if not made.exists() or json.loads(made.read_text()) != about:
+        try:
+            same = made.exists() and read_json(made) == about
+            rows = prediction_table.read(done, model.class_names) if same else []
+        except ValueError as error:
+            parser.error(f"{error}; choose another --out")
+        if not same:
             parser.error(
                 f"{done} was made with another model, --votes or --window; choose "
                 "another --out"
             )
-        rows = prediction_table.read(done)
     write_json(given.out / "about.json", about)
     rows, signal, counts = predict(model, known, found, errors, rows, given)
     about["ignored files"] = found.ignored

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from cxai_jax import figures, page, report
+from cxai_jax.data import tables
 from cxai_jax.trained import Predicted, Trained
 
 OVERLAY_HEIGHT = 320  # Pixels at most.
@@ -49,18 +50,20 @@ class Table:
         columns += [*(f"p_{name}" for name in class_names), "error"]
         self.rows = list(keep)
         temporary = path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        # A DICOM file may name a patient with what is no character.
+        text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        with temporary.open("w", **text) as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(keep)
+            writer.writerows(map(tables.guarded_row, keep))
         temporary.replace(path)
-        self._file = path.open("a", newline="", encoding="utf-8")
+        self._file = path.open("a", **text)
         self._writer = csv.DictWriter(self._file, columns)
 
     def add(self, rows: Sequence[dict]) -> None:
         """Appends rows to the file at once; missing columns stay empty."""
         rows = [{"error": "", **row} for row in rows]
-        self._writer.writerows(rows)
+        self._writer.writerows(map(tables.guarded_row, rows))
         self._file.flush()
         self.rows += [row for row in rows if not row["error"]]
 
@@ -68,10 +71,28 @@ class Table:
         self._file.close()
 
 
-def read(path: Path) -> list[dict]:
-    """The complete rows of a predictions.csv; rows with an error are left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["error"] == ""]
+def read(path: Path, class_names: Sequence[str]) -> list[dict]:
+    """The complete rows of a predictions.csv; rows with an error are left out.
+
+    Raises:
+      ValueError: if it is no such table.
+    """
+    rows = []
+    for number, row in enumerate(tables.read_rows(path), 1):
+        if row.get("error", "damaged") != "":
+            continue
+        row = {column: tables.unguarded(cell) for column, cell in row.items()}
+        try:
+            for column in ("probability", *(f"p_{name}" for name in class_names)):
+                float(row[column])
+            for column in ("label", "label_before"):
+                class_names.index(row[column])
+            if row["votes_cast"] or row["opposing_votes"]:
+                int(row["votes_cast"]), int(row["opposing_votes"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged in row {number}: {error}") from None
+        rows.append(row)
+    return rows
 
 
 def overlay_name(name: str) -> str:
@@ -107,7 +128,7 @@ def report_rows(rows: Sequence[dict], folder: Path) -> list[page.Row]:
 
     def picture(row: dict) -> bytes:
         try:
-            with Image.open(folder / row["overlay"]) as panel:
+            with Image.open(folder / row["overlay"], formats=("PNG",)) as panel:
                 pixels = figures.shrink(np.asarray(panel), height)
                 return figures.encode(pixels, "JPEG")
         except OSError:
@@ -176,10 +197,11 @@ def finish(
     """Writes report.html and, if any patient is known, patients.csv."""
     patients = by_patient(rows, class_names, positive)
     if patients:
-        with (out / "patients.csv").open("w", newline="", encoding="utf-8") as file:
+        text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        with (out / "patients.csv").open("w", **text) as file:
             writer = csv.writer(file)
             writer.writerow(Patient._fields)
-            writer.writerows(patients)
+            writer.writerows(map(tables.guarded, map(str, one)) for one in patients)
     html = report.prediction_report(
         report_rows(rows, out),
         errors,
@@ -189,4 +211,4 @@ def finish(
         about=about,
         counts=counts,
     )
-    (out / "report.html").write_text(html, encoding="utf-8")
+    (out / "report.html").write_text(html, "utf-8", "backslashreplace")

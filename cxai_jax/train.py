@@ -26,7 +26,7 @@ from cxai_jax import (
     steps,
 )
 from cxai_jax import mesh as meshes
-from cxai_jax.config import claim_workdir
+from cxai_jax.config import claim_workdir, read_config
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.writer import Timer, Writer, clock, read_log, write_json
 
@@ -167,8 +167,9 @@ def score(config, workdir: Path) -> dict:
     """Scores the checkpoint of a finished or stopped run again (`--mode=eval`).
 
     Raises:
-      FileNotFoundError: if the workdir holds no checkpoint.
+      FileNotFoundError: if the workdir holds no run or no checkpoint.
     """
+    read_config(workdir)  # A mistyped workdir is refused before anything is written.
     run = setup.open_run(config, workdir)
     optimizer = make_optimizer(config.optim, 1, setup.learning_rate_groups(config))
     state = steps.create_state(run.network.variables, optimizer)

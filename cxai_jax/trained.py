@@ -1,7 +1,6 @@
 """A finished run, loaded from its workdir without its data, and put to use."""
 
 import functools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from cxai_jax.config import read_config
 from cxai_jax.executables import Executables
 from cxai_jax.optimizer import make_optimizer
 from cxai_jax.types import PyTree
+from cxai_jax.writer import read_json
 
 
 class Trained(NamedTuple):
@@ -37,7 +37,7 @@ def load(workdir: Path) -> Trained:
 
     Raises:
       FileNotFoundError: if the workdir holds no run, no results or no checkpoint.
-      ValueError: if no checkpoint can be restored.
+      ValueError: if no checkpoint can be restored, or a file is damaged.
     """
     config = read_config(workdir)
     results = workdir / "results.json"
@@ -46,11 +46,15 @@ def load(workdir: Path) -> Trained:
             f"{results} does not exist: the run is not finished; continue it, or score "
             "its last checkpoint with --mode=eval"
         )
-    data = json.loads(results.read_text())["data"]
+    class_names, positive = _classes(results)
     # The checkpoint replaces pretrained weights, so they need not be found again.
     fresh = config.copy_and_resolve_references()
     fresh.model.pretrained = ""
-    network = setup.build_network(fresh, len(data["class_names"]), abstract=True)
+    try:
+        network = setup.build_network(fresh, len(class_names), abstract=True)
+    except (AttributeError, KeyError, TypeError) as error:
+        path = workdir / "config.json"
+        raise ValueError(f"{path} does not describe a network: {error}") from error
     optimizer = make_optimizer(config.optim, 1, setup.learning_rate_groups(config))
     template = jax.eval_shape(
         lambda variables: steps.create_state(variables, optimizer), network.variables
@@ -66,13 +70,26 @@ def load(workdir: Path) -> Trained:
     state, step, _ = restored
     return Trained(
         config=config,
-        class_names=data["class_names"],
-        positive=data["class_names"].index(data["positive"]),
+        class_names=class_names,
+        positive=positive,
         model=network.model,
         scale=network.scale,
         variables={"params": state.params, "batch_stats": state.batch_stats},
         step=step,
     )
+
+
+def _classes(results: Path) -> tuple[list[str], int]:
+    """The class names of a results.json, and the index of the positive one."""
+    data = read_json(results, "data")["data"]
+    names = data.get("class_names") if isinstance(data, dict) else None
+    sound = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not sound or data.get("positive") not in names:
+        raise ValueError(
+            f"{results} is damaged: its classes are {names!r}; score the run again "
+            "with --mode=eval to write it"
+        )
+    return names, names.index(data["positive"])
 
 
 class Predicted(NamedTuple):

@@ -14,7 +14,7 @@ FLOORS = [
     | {"roofline", "host_memory", "reuse", "executables", "data.reading"},
     {"cam", "losses", "alignment", "tta", "explanation_metrics", "config"}
     | {"calibration", "figures", "models.lowering", "data.transforms"}
-    | {"data.splits", "data.leakage", "data.records"},
+    | {"data.splits", "data.leakage", "data.records", "data.tables"},
     {"mixing", "saliency", "models.norm", "models.pretrained", "data.store"}
     | {"novelty", "page"},
     {

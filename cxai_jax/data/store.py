@@ -21,12 +21,15 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from cxai_jax.data import leakage, reading, transforms
+from cxai_jax.data import leakage, reading, tables, transforms
 from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
+from cxai_jax.writer import read_json
 
 VERSION = "1.0.0"
 SHORT_SIDE = 256  # Pixels; the published random crop of 224 needs the margin.
 COLUMNS = ("split", "name", "label", "site", "patient")
+SUMMARY = ("name", "counts", "class_names", "site_names", "positive", "split_scheme")
+SUMMARY += ("fingerprint", "leakage")
 
 
 @dataclass(frozen=True)
@@ -157,11 +160,9 @@ def read_list(file: str | Path) -> list[str]:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is empty.
+      ValueError: if it is empty or no UTF-8 text.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    text = Path(file).read_text(encoding="utf-8-sig")
+    text = reading.read_text(file)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{file} is empty")
@@ -173,12 +174,9 @@ def read_table(file: str | Path, key: str, value: str) -> dict[str, str]:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if a column is missing or a key occurs twice.
+      ValueError: if it is no CSV, a column is missing or a key occurs twice.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = tables.read_rows(file)
     for column in (key, value):
         if not rows or column not in rows[0]:
             raise ValueError(
@@ -295,10 +293,14 @@ def load(name: str, split: str, data_dir: str | Path) -> Dataset:
             f"--data_dir={data_dir}, or set config.data.data_dir and config.data.split "
             "to what it wrote"
         )
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    with open(directory / "index.csv", encoding="utf-8", newline="") as file:
-        index = list(csv.DictReader(file))
-    builder = tfds.builder_from_directory(directory)
+    summary = read_json(directory / "summary.json", *SUMMARY)
+    index = _read_index(directory / "index.csv")
+    try:
+        builder = tfds.builder_from_directory(directory)
+    except Exception as error:  # TFDS and protobuf raise what they like.
+        raise ValueError(
+            f"{directory} is damaged ({error}); prepare the data set again"
+        ) from None
     with_masks = "lung_mask" in builder.info.features
     splits = {}
     for key in summary["counts"]:
@@ -431,4 +433,19 @@ def _write_index(file: Path, sources: list[Source]) -> None:
     with open(file, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(COLUMNS)
-        writer.writerows([getattr(s, column) for column in COLUMNS] for s in sources)
+        for source in sources:
+            cells = (str(getattr(source, column)) for column in COLUMNS)
+            writer.writerow(map(tables.guarded, cells))
+
+
+def _read_index(file: Path) -> list[dict[str, str]]:
+    index = []
+    for row in tables.read_rows(file):
+        cells = [row.get(column) for column in COLUMNS]
+        numbers = (row.get("label"), row.get("site"))
+        if None in cells or not all(map(str.isdecimal, numbers)):
+            raise ValueError(
+                f"{file} is damaged in row {len(index) + 1}; prepare the data set again"
+            )
+        index.append(dict(zip(COLUMNS, map(tables.unguarded, cells), strict=True)))
+    return index
