@@ -7,7 +7,8 @@ class count (or for an mlp head) is left out, so that the head starts afresh.
 
 A torch checkpoint is a pickle, which can run any code when it is read. `read_torch`
 therefore has its own reader, which knows tensors and plain containers and refuses
-everything else; torch is not needed.
+everything else; torch is not needed. What a file unfolds to is measured before it is
+unfolded, and may be a small multiple of the model.
 """
 
 import collections
@@ -33,6 +34,11 @@ SOURCES = (
     "lite0-imagenet, a file (.npz, .safetensors, .pth, .pt, .pth.tar) or a hub id such "
     "as timm/resnet50.tv_in1k"
 )
+MULTIPLE = (
+    4  # Of the model's own bytes: float64 and another classifier, or an optimiser.
+)
+SLACK = 2**24  # Bytes that any file may have.
+MOST = 2**31  # Bytes, where no model is known.
 IGNORED = re.compile(r"(.*\.)?num_batches_tracked")
 
 # Blocks of EfficientNet-Lite0 in the flat numbering of its PyTorch port.
@@ -127,7 +133,9 @@ def load_pretrained(
             f"config.model.pretrained is {spec!r}, but {model_name} has no pretrained "
             f"weights; known: {', '.join(RULES)}"
         )
-    tensors = read_tensors(spec)
+    leaves = flatten_dict(variables).values()
+    size = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves)
+    tensors = read_tensors(spec, MULTIPLE * size + SLACK)
     try:
         variables, summary = fill(tensors, model_name, variables)
     except ValueError as error:
@@ -215,14 +223,16 @@ def _is_other_classifier(placed: dict, flat: dict) -> bool:
 # --- reading --------------------------------------------------------------------------
 
 
-def read_tensors(spec: str) -> dict[str, np.ndarray]:
+def read_tensors(spec: str, most: int = MOST) -> dict[str, np.ndarray]:
     """Reads name -> tensor, names as in the source; see `load_pretrained` for `spec`.
+
+    A file that is larger than `most` bytes, or unfolds to more, is refused.
 
     Raises:
       FileNotFoundError, ValueError, ImportError: as in `load_pretrained`.
     """
     if spec == "lite0-imagenet":
-        return read_torch(_lite0_file())
+        return read_torch(_lite0_file(), most)
     lowered = spec.lower()
     if lowered.endswith((".npz", ".safetensors", ".pth", ".pt", ".pth.tar")):
         path = Path(spec)
@@ -231,10 +241,12 @@ def read_tensors(spec: str) -> dict[str, np.ndarray]:
                 f"config.model.pretrained: {spec} is no file; give {SOURCES}"
             )
         if lowered.endswith(".npz"):
-            return _read_npz(path)
-        return _read_safetensors(path) if "safe" in path.suffix else read_torch(path)
+            return _read_npz(path, most)
+        if "safe" in path.suffix:
+            return _read_safetensors(path, most)
+        return read_torch(path, most)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
-        return _read_safetensors(_hub_file(spec))
+        return _read_safetensors(_hub_file(spec), most)
     raise ValueError(f"config.model.pretrained is {spec!r}; give {SOURCES}")
 
 
@@ -267,38 +279,67 @@ def _hub_file(repository: str) -> Path:
         ) from None
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _check_size(path: Path, size: int, most: int) -> None:
+    if size > most:
+        raise ValueError(
+            f"{path} holds {size / 1e6:.0f} MB, more than the {most / 1e6:.0f} MB that "
+            "weights of this network may have; is it the right file?"
+        )
+
+
+def _check_unzipped(path: Path, archive: zipfile.ZipFile, most: int) -> None:
+    # What zipfile returns of a member is never longer than declared here.
+    _check_size(path, sum(info.file_size for info in archive.infolist()), most)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _read_npz(path: Path, most: int) -> dict[str, np.ndarray]:
+    _check_size(path, path.stat().st_size, most)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            _check_unzipped(path, archive, most)
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npz of arrays: {error}") from None
+    except Exception as error:  # zipfile and NumPy raise many kinds.
+        raise ValueError(
+            f"{path} is no readable .npz of arrays: {_one_line(error)}"
+        ) from None
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: Path, most: int) -> dict[str, np.ndarray]:
     try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        from safetensors import numpy as safetensors
     except ImportError:
         raise ImportError(
             f"{path} needs the package safetensors: pip install -e '.[pretrained]'"
         ) from None
+    _check_size(path, path.stat().st_size, most)
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+        return safetensors.load_file(path)
+    except Exception as error:  # A dtype that NumPy lacks is a KeyError.
+        raise ValueError(
+            f"{path} is no readable safetensors file: {_one_line(error)}"
+        ) from None
 
 
-def read_torch(path: Path) -> dict[str, np.ndarray]:
+def read_torch(path: Path, most: int = MOST) -> dict[str, np.ndarray]:
     """Reads the tensors of a torch checkpoint, new (zip) or old form, without torch.
 
     A checkpoint that holds its weights under "state_dict" or "model" is unwrapped, and
     the prefix "module." of data-parallel training is dropped.
 
     Raises:
-      ValueError: damaged, not a torch checkpoint, or holding anything but tensors and
-        plain containers; nothing of the file is executed.
+      ValueError: damaged, not a torch checkpoint, larger than `most` bytes, or holding
+        anything but tensors and plain containers; nothing of the file is executed.
     """
+    _check_size(path, path.stat().st_size, most)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            _check_unzipped(path, archive, most)
     try:
         data = path.read_bytes()
         zipped = zipfile.is_zipfile(io.BytesIO(data))
@@ -308,17 +349,20 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
                 content = content[key]
         if not isinstance(content, dict) or not content:
             raise ValueError("it holds no dictionary of tensors")
-        tensors = {}
+        views = {}
         for name, value in content.items():
             if not isinstance(name, str) or not isinstance(value, _Tensor):
                 raise ValueError(f"{name!r} is not a tensor")
-            tensors[name.removeprefix("module.")] = value.array(storages)
-        return tensors
+            views[name.removeprefix("module.")] = value.view(storages)
+        if sum(view.nbytes for view in views.values()) > most:
+            raise ValueError(f"its tensors take more than {most / 1e6:.0f} MB")
+        return {name: view.copy() for name, view in views.items()}
     # A damaged pickle may raise almost anything.
     except Exception as error:
         raise ValueError(
-            f"{path} is not a torch checkpoint of tensors alone ({error}); save its "
-            "state_dict() afresh, or convert it to .safetensors where it was made"
+            f"{path} is not a torch checkpoint of tensors alone ({_one_line(error)}); "
+            "save its state_dict() afresh, or convert it to .safetensors where it was "
+            "made"
         ) from None
 
 
@@ -348,8 +392,11 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def array(self, storages: dict[str, bytes]) -> np.ndarray:
+    def view(self, storages: dict[str, bytes]) -> np.ndarray:
         key, dtype, count = self.storage
+        numbers = (self.offset, count, *self.shape, *self.strides)
+        if not all(isinstance(n, int) and abs(n) < 2**40 for n in numbers):
+            raise ValueError("a tensor has a shape that is none")
         flat = np.frombuffer(storages[key], dtype)
         extents = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
         if (
@@ -359,12 +406,15 @@ class _Tensor(NamedTuple):
         ):
             raise ValueError(f"a tensor reaches outside its storage {key}")
         strides = [s * flat.itemsize for s in self.strides]
-        view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides)
-        return view.copy()
+        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows dictionaries, torch's two ways to rebuild a tensor, and its storages."""
+class _Unpickler(pickle._Unpickler):
+    """Knows dictionaries, torch's two ways to rebuild a tensor, and its storages.
+
+    The unpickler in Python, as the one in C sizes its memo by a number in the file and
+    hashes any key: forty nested tuples would take it years.
+    """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -374,7 +424,8 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _TYPES:
             return name
         known = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
+            # Without arguments: its items follow, through `_set_items`.
+            ("collections", "OrderedDict"): lambda *_: collections.OrderedDict(),
             # Made anew each time: a pickle can set attributes of what it is given.
             ("torch._utils", "_rebuild_tensor_v2"): lambda *a: _Tensor(*a[:4]),
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
@@ -386,9 +437,40 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: tuple) -> _Storage:
         kind, dtype, key, _, count, *view = pid
         if kind != "storage" or any(view):
-            raise ValueError(f"it refers to {kind!r}, expected a plain storage")
+            raise ValueError("it refers to something else than a plain storage")
+        if not isinstance(dtype, str) or not isinstance(key, str):
+            raise ValueError("a storage has no name or type")
         self.types[key] = np.dtype(_TYPES[dtype])
         return _Storage(key, self.types[key], count)
+
+    def _set_items(self) -> None:
+        _check_keys(self.stack[::2])
+        pickle._Unpickler.load_setitems(self)
+
+    def _set_item(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        pickle._Unpickler.load_setitem(self)
+
+    def _make_dict(self) -> None:
+        _check_keys(self.stack[::2])
+        pickle._Unpickler.load_dict(self)
+
+    def _refuse(self) -> None:
+        raise ValueError("it holds a set")
+
+    dispatch = {
+        **pickle._Unpickler.dispatch,
+        pickle.SETITEMS[0]: _set_items,
+        pickle.SETITEM[0]: _set_item,
+        pickle.DICT[0]: _make_dict,
+        pickle.ADDITEMS[0]: _refuse,
+        pickle.FROZENSET[0]: _refuse,
+    }
+
+
+def _check_keys(keys: list) -> None:
+    if not all(isinstance(key, str | int) for key in keys):
+        raise ValueError("a dictionary has keys that are neither names nor numbers")
 
 
 def _read_zip(data: bytes) -> tuple[Any, dict[str, bytes]]:
@@ -422,6 +504,8 @@ def _read_old(data: bytes) -> tuple[Any, dict[str, bytes]]:
     content = reader.load()
     storages = {}
     for key in _Unpickler(file).load():
+        if not isinstance(key, str):
+            raise ValueError("a storage has no name")
         count = int.from_bytes(file.read(8), "little")
         storages[key] = file.read(count * reader.types[key].itemsize)
     return content, storages
