@@ -69,16 +69,49 @@ def check_overrides(arguments: list[str], config: ConfigDict) -> None:
         if not argument.startswith(("--config.", "-config.")):
             continue
         field = argument.lstrip("-").split("=")[0].removeprefix("config.")
-        if field in known:
-            continue
-        group = field.rpartition(".")[0]
-        near = difflib.get_close_matches(field, known, n=3)
-        same_group = [n for n in known if n.rpartition(".")[0] == group]
-        listed = near + [n for n in same_group or known if n not in near]
-        raise ValueError(
-            f"--config.{field} is not a field; known: "
-            + ", ".join(f"config.{name}" for name in listed)
+        if field not in known:
+            raise ValueError(
+                f"--config.{field} is not a field; {_nearest(field, known)}"
+            )
+
+
+def update_from_json(config: ConfigDict, path: str) -> None:
+    """Takes the fields of a JSON file over into `config`; nothing is executed.
+
+    Raises:
+      ValueError: for a field that `config` does not have, or a value of another type.
+    """
+    known = flatten(config.to_dict())
+    changes = {}
+    for field, value in flatten(read_json(Path(path))).items():
+        if field not in known:
+            raise ValueError(
+                f"{path}: {field!r:.80} is not a field; {_nearest(field, known)}"
+            )
+        default = known[field]
+        if isinstance(default, tuple) and isinstance(value, list):
+            value = tuple(value)
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        plain = isinstance(value, str | bool | int | float) or (
+            isinstance(value, tuple)
+            and all(type(item) in (str, bool, int, float) for item in value)
         )
+        if not plain or type(value) is not type(default):
+            raise ValueError(
+                f"{path}: {field} is {value!r:.80}, expected a value like {default!r}"
+            )
+        changes[field] = value
+    config.update_from_flattened_dict(changes)
+
+
+def _nearest(field: str, known: dict) -> str:
+    """The fields that may have been meant, first those of a similar name."""
+    group = field.rpartition(".")[0]
+    near = difflib.get_close_matches(field[:80], known, n=3)
+    same_group = [n for n in known if n.rpartition(".")[0] == group]
+    listed = near + [n for n in same_group or known if n not in near]
+    return "known: " + ", ".join(f"config.{name}" for name in listed)
 
 
 def claim_workdir(config: ConfigDict, workdir: Path, *, write: bool = True) -> None:
