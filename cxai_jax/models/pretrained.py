@@ -287,9 +287,16 @@ def _check_size(path: Path, size: int, most: int) -> None:
         )
 
 
-def _check_unzipped(path: Path, archive: zipfile.ZipFile, most: int) -> None:
-    # What zipfile returns of a member is never longer than declared here.
-    _check_size(path, sum(info.file_size for info in archive.infolist()), most)
+def _check_unzipped(path: Path, most: int) -> None:
+    """`_check_size` of a file and of all that a zip file declares to hold."""
+    _check_size(path, path.stat().st_size, most)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # What zipfile returns of a member is never longer than declared here.
+            size = sum(info.file_size for info in archive.infolist())
+    except Exception:
+        return  # No zip file, or a damaged one: its reader will say so.
+    _check_size(path, size, most)
 
 
 def _one_line(error: Exception) -> str:
@@ -297,10 +304,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _read_npz(path: Path, most: int) -> dict[str, np.ndarray]:
-    _check_size(path, path.stat().st_size, most)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            _check_unzipped(path, archive, most)
+    _check_unzipped(path, most)
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
@@ -336,10 +340,7 @@ def read_torch(path: Path, most: int = MOST) -> dict[str, np.ndarray]:
       ValueError: damaged, not a torch checkpoint, larger than `most` bytes, or holding
         anything but tensors and plain containers; nothing of the file is executed.
     """
-    _check_size(path, path.stat().st_size, most)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            _check_unzipped(path, archive, most)
+    _check_unzipped(path, most)
     try:
         data = path.read_bytes()
         zipped = zipfile.is_zipfile(io.BytesIO(data))
