@@ -472,6 +472,7 @@ def main(out: str) -> None:
             inputs.open_slices(path)
         for group, name, function, path in cases(Path(scratch)):
             rows.append({"group": group, "name": name, **run(function, path)})
+        sys.setrecursionlimit(10_000)  # To remove the deep tree.
     kinds = [row["said"].split(":")[0] for row in rows]
     groups = [row["group"] for row in rows]
     table = {g: {} for g in dict.fromkeys(groups)}
