@@ -303,7 +303,9 @@ def find(path):
     named |= {os.path.basename(p) for p, _ in found.errors}
     named |= {os.path.basename(p) for p in found.ignored}
     for name in os.listdir(path):
-        if name not in named and name != "patients.csv":
+        place = Path(path, name)
+        searched = place.is_dir() and not place.is_symlink()
+        if name not in named and name != "patients.csv" and not searched:
             return f"drop: {name}"
     for error in found.errors:
         if not error[1] or "\n" in error[1]:
