@@ -34,7 +34,7 @@ from PIL import Image
 from cxai_jax.data import cxr, folder, inputs, sites
 from cxai_jax.models import pretrained
 
-LIMIT = 60.0  # Seconds; the deadline of one image.
+LIMIT = 300.0  # Seconds; far beyond the deadline of an image: no measure of speed.
 SEED = 0
 
 
