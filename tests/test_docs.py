@@ -12,7 +12,8 @@ from cxai_jax.config import flatten
 from experiments import collect_result, results_table
 from tools import document_config
 
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+PAGES += ("experiments/README.md",)
 
 
 def text(name):

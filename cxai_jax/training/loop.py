@@ -15,7 +15,7 @@ import numpy as np
 
 from cxai_jax import host
 from cxai_jax import mesh as meshes
-from cxai_jax.config import claim_workdir
+from cxai_jax.config import claim_workdir, read_config
 from cxai_jax.methods.method import Method
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import preview
@@ -168,8 +168,9 @@ def score(config, workdir: Path) -> dict:
     """Scores the checkpoint of a finished or stopped run again (`--mode=eval`).
 
     Raises:
-      FileNotFoundError: if the workdir holds no checkpoint.
+      FileNotFoundError: if the workdir holds no run or no checkpoint.
     """
+    read_config(workdir)  # A mistyped workdir is refused before anything is written.
     run = open_run(config, workdir)
     method = make_method(config, run.network, total_steps=1)
     restored = run.checkpoints.restore("latest", initial_state(run, method))
