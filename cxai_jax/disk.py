@@ -33,7 +33,8 @@ def write(path: Path, content: str | bytes) -> None:
     Raises:
       DiskError: if the disk is full or closed; an old file stays.
     """
-    content = content.encode() if isinstance(content, str) else content
+    if isinstance(content, str):  # A DICOM file may hold what is no character.
+        content = content.encode("utf-8", "backslashreplace")
     temporary = path.with_name(f"{path.name}.tmp")
     with writing(path, len(content)):
         try:

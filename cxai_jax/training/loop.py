@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from cxai_jax import host
 from cxai_jax import mesh as meshes
-from cxai_jax.config import claim_workdir
+from cxai_jax.config import claim_workdir, read_config
 from cxai_jax.methods.method import Method
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import finite, lock, preview, resume
@@ -211,9 +211,10 @@ def score(config, workdir: Path) -> dict:
     Beside a live training the results go to `workdir/eval/live`: the workdir is its.
 
     Raises:
-      FileNotFoundError: if the workdir holds no checkpoint.
+      FileNotFoundError: if the workdir holds no run or no checkpoint.
       ValueError: for another config or other data than the run has trained on.
     """
+    read_config(workdir)  # A mistyped workdir is refused before anything is written.
     with host.StopSignal():
         return score_alone(config, workdir)
 
