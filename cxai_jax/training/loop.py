@@ -231,7 +231,7 @@ def score_alone(config, workdir: Path) -> dict:
     state, step, about = restored
     run.curve = about["curve"]
     if who := lock.holder(workdir):
-        run.out = workdir / "eval" / "live"
+        run.aside = workdir / "eval" / "live"
         run.out.mkdir(parents=True, exist_ok=True)
         logging.warning("%s is writing in %s: results go to %s", who, workdir, run.out)
     state = meshes.put_replicated(state, run.mesh)
