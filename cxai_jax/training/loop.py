@@ -221,13 +221,15 @@ def score(config, workdir: Path) -> dict:
 def score_alone(config, workdir: Path) -> dict:
     """`score` where signals are listened to."""
     claim_workdir(config, workdir, write=False)
+    if not any((workdir / "checkpoints" / "latest").glob("*")):  # Before any work.
+        raise FileNotFoundError(
+            f"{workdir}/checkpoints holds no checkpoint; train first with --mode=train"
+        )
     run = open_run(config, workdir)
     method = make_method(config, run.network, total_steps=1)
     restored = resume.restore(run, initial_state(run, method), advice=SCORE)
     if restored is None:
-        raise FileNotFoundError(
-            f"{workdir}/checkpoints holds no checkpoint; train first with --mode=train"
-        )
+        raise FileNotFoundError(f"{workdir}: its first checkpoint is being written")
     state, step, about = restored
     run.curve = about["curve"]
     if who := lock.holder(workdir):
