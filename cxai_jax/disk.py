@@ -71,8 +71,11 @@ def writing(path: Path, size: int) -> Iterator[None]:
             raise
         told = f"{path}: {(FULL | CLOSED)[code]}"
         if code in FULL:
-            told += f": {size:,} bytes to write, {free:,} were free, "
-            told += f"{max(size - free, 0):,} are missing"
+            told += f": {size:,} bytes to write"
+        if (
+            code == errno.ENOSPC
+        ):  # Of a quota or limit the disk's free bytes say nothing.
+            told += f", {free:,} were free, {max(size - free, 0):,} are missing"
         raise DiskError(code, told) from error
 
 

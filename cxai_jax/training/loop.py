@@ -222,17 +222,19 @@ def score(config, workdir: Path) -> dict:
 def score_alone(config, workdir: Path) -> dict:
     """`score` where signals are listened to."""
     claim_workdir(config, workdir, write=False)
+    if not any((workdir / "checkpoints" / "latest").glob("*")):  # Before any work.
+        raise FileNotFoundError(
+            f"{workdir}/checkpoints holds no checkpoint; train first with --mode=train"
+        )
     run = open_run(config, workdir)
     method = make_method(config, run.network, total_steps=1)
     restored = resume.restore(run, initial_state(run, method), advice=SCORE)
     if restored is None:
-        raise FileNotFoundError(
-            f"{workdir}/checkpoints holds no checkpoint; train first with --mode=train"
-        )
+        raise FileNotFoundError(f"{workdir}: its first checkpoint is being written")
     state, step, about = restored
     run.curve = about["curve"]
     if who := lock.holder(workdir):
-        run.out = workdir / "eval" / "live"
+        run.aside = workdir / "eval" / "live"
         run.out.mkdir(parents=True, exist_ok=True)
         logging.warning("%s is writing in %s: results go to %s", who, workdir, run.out)
     state = meshes.put_replicated(state, run.mesh)

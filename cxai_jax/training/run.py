@@ -139,7 +139,7 @@ class Run:
     checkpoints: Checkpoints
     curve: list  # Learning curve: one dict of split -> scores per evaluation.
     started: float  # time.monotonic() when it was opened.
-    out: Path  # Where results go: the workdir, unless a training is writing there.
+    aside: Path | None = None  # Where results go while a training has the workdir.
 
     def about(self) -> dict:
         """What every checkpoint keeps beside the state."""
@@ -148,6 +148,11 @@ class Run:
     def identities(self) -> dict[str, dict]:
         """What the run's data are, by source."""
         return {name: identity(dataset) for name, dataset in self.sources.items()}
+
+    @property
+    def out(self) -> Path:
+        """Where results go."""
+        return self.aside or self.workdir
 
     @property
     def dataset(self) -> Dataset:
@@ -194,17 +199,9 @@ def open_run(config, workdir: Path, *, write: bool = False) -> Run:
     )
     evaluator = evaluate.Evaluator(network.model, network.scale, config, mesh)
     keep = config.train.keep_checkpoints if write else None
+    checkpoints = Checkpoints(workdir, keep=keep)
     run = Run(
-        config,
-        workdir,
-        mesh,
-        sources,
-        network,
-        evaluator,
-        checkpoints=Checkpoints(workdir, keep=keep),
-        curve=[],
-        started=started,
-        out=workdir,
+        config, workdir, mesh, sources, network, evaluator, checkpoints, [], started
     )
     records_of(sources, config.data.test, "config.data.test")
     validate.check_run(run)
