@@ -14,6 +14,7 @@ from cxai_jax.models import image_pool
 from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.training.optimizer import make_optimizer
 from cxai_jax.types import Batch
+from experiments import digits_picture
 
 B, SIDE = 4, 32
 NAMES = ("target_statistics", "dann", "cycada", "dranet")
@@ -119,6 +120,23 @@ def test_every_trained_network_moves_and_the_fixed_one_does_not(name):
     for net, params in before.params.items():
         moved = not equal(params, after.params[net])
         assert moved == (net != "perceptual"), net
+
+
+@pytest.mark.parametrize("name", TRANSLATING)
+def test_both_directions_can_be_drawn(name):
+    method, init = build(config(name))
+    row = jnp.zeros((B, SIDE, SIDE, 3))
+    made = jax.eval_shape(
+        lambda x: digits_picture.TRANSLATING[name].translate(
+            translation.setting_of(method), init(), x, x
+        ),
+        row,
+    )
+    assert set(made) == {"source -> target", "target -> source"}
+    assert all(x.shape == row.shape for x in made.values())
+    page = digits_picture.sheet([row, row - 1])
+    assert page.shape == (2 * 2 * SIDE, 2 * B * SIDE, 3)
+    assert page[0, 0, 0] == 127 and page[-1, 0, 0] == 0
 
 
 def test_target_statistics_are_those_of_the_target_alone():
