@@ -37,6 +37,16 @@ ADDED_FIELDS = {
     "optim.groups": [],
     "data.fold": "",
     "data.split_seed": 0,
+    "augment.rotate": 0.0,
+    "augment.intensity": 0.0,
+    "cpe.sqrt_d": False,
+    "cpe.ramp": 0.0,
+    "optim.name": "sgd",
+    "train.select_metric": "accuracy",
+    "train.patience": 0,
+    "train.class_weights": "none",
+    "train.label_smoothing": 0.0,
+    "train.ema": 0.0,
 }
 
 

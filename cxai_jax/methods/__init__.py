@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import optax
 
-from cxai_jax.methods import guided
+from cxai_jax.methods import averaging, guided
 from cxai_jax.methods.method import Method, Network
 
 # Name -> make(config, network, optimizer, *, total_steps, groups) -> Method.
@@ -40,4 +40,7 @@ def build(
             f"config.method is {config.method!r}; known: {', '.join(METHODS)}"
         )
     make = METHODS[config.method]
-    return make(config, network, optimizer, total_steps=total_steps, groups=groups)
+    method = make(config, network, optimizer, total_steps=total_steps, groups=groups)
+    if config.train.ema:
+        method = averaging.averaged(method, config.train.ema)
+    return method

@@ -1,6 +1,6 @@
-"""SGD with Nesterov momentum, parameter groups and the published schedules.
+"""SGD with Nesterov momentum, Adam, AdamW; parameter groups, published schedules.
 
-Equals torch.optim.SGD(momentum, nesterov=True, weight_decay): coupled L2 on every
+SGD equals torch.optim.SGD(momentum, nesterov=True, weight_decay): coupled L2 on every
 parameter, one momentum buffer, the learning rate applied last (method 4.2, A20).
 """
 
@@ -15,6 +15,13 @@ from flax.traverse_util import flatten_dict
 from cxai_jax import models
 from cxai_jax.types import PyTree
 
+# Name in config.optim.name -> what gradient and weight decay go through, in order,
+# before the learning rate: Adam's decay is coupled as in torch, AdamW's is not.
+OPTIMIZERS: dict[str, Callable] = {
+    "sgd": lambda config: (decay(config), optax.trace(config.momentum, nesterov=True)),
+    "adam": lambda config: (decay(config), optax.scale_by_adam(config.momentum)),
+    "adamw": lambda config: (optax.scale_by_adam(config.momentum), decay(config)),
+}
 SCHEDULES = ("multistep", "cosine", "constant")
 FROZEN = "frozen"  # The group that no step changes.
 RULE = re.compile(
@@ -175,6 +182,10 @@ def some_names(names: Sequence[str]) -> str:
     return f"{', '.join(sorted(first.values()))} ({len(names)} in all)"
 
 
+def decay(config) -> optax.GradientTransformation:
+    return optax.add_decayed_weights(config.weight_decay)
+
+
 def make_optimizer(
     config, total_steps: int, label_params: Callable[[PyTree], PyTree]
 ) -> optax.GradientTransformation:
@@ -198,8 +209,7 @@ def make_optimizer(
     clip = optax.clip_by_global_norm(config.clip_norm)
     learning = optax.chain(
         clip if config.clip_norm else optax.identity(),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.trace(config.momentum, nesterov=True),
+        *OPTIMIZERS[config.name](config),
         optax.multi_transform(rates, label_params),
     )
     if not any(group == FROZEN for _, group in parse_groups(config.groups)):
