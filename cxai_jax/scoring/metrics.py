@@ -206,7 +206,7 @@ def weighted_average_precision(
     hits = np.add.reduceat((weights * is_positive)[:, order], starts, axis=1)
     called = np.add.reduceat(weights[:, order], starts, axis=1).cumsum(1)
     found = hits.cumsum(1)
-    precision = np.divide(found, called, out=np.zeros_like(found), where=called > 0)
+    precision = np.divide(found, called, out=np.zeros(found.shape), where=called > 0)
     area, total = (hits * precision).sum(1), found[:, -1]
     return np.divide(area, total, out=np.full(len(weights), np.nan), where=total > 0)
 
