@@ -85,7 +85,11 @@ def train_alone(config, workdir: Path, force_resume: bool) -> dict:
         advance, compiled = compile_run(run, plan, state, step)
         host.stop_if_asked("after compilation")
         announce(run, plan, writer, compiled, step)
-        state = loop(run, plan, writer, advance, state, step, compiled["residency"])
+        try:
+            state = loop(run, plan, writer, advance, state, step, compiled["residency"])
+        except FloatingPointError:
+            run.checkpoints.wait()  # The last good step may still be on its way.
+            raise
     run.checkpoints.wait()
     steps = plan.total_steps
     results = conclude(run, plan.method, state, steps=steps, compiled=compiled)
