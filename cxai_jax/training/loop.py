@@ -85,9 +85,13 @@ def train_alone(config, workdir: Path, force_resume: bool) -> dict:
         advance, compiled = compile_run(run, plan, state, step)
         host.stop_if_asked("after compilation")
         announce(run, plan, writer, compiled, step)
-        state, step = loop(
-            run, plan, writer, advance, state, step, compiled["residency"]
-        )
+        try:
+            state, step = loop(
+                run, plan, writer, advance, state, step, compiled["residency"]
+            )
+        except FloatingPointError:
+            run.checkpoints.wait()  # The last good step may still be on its way.
+            raise
     run.checkpoints.wait()
     results = conclude(run, plan.method, state, steps=step, compiled=compiled)
     writer.close()
