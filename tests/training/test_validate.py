@@ -143,7 +143,7 @@ def opened():
         "sources": {"": data.load(config.data)},
         "network": runs.build_network(config, 2, abstract=True),
     }
-    empty = dict.fromkeys(("evaluator", "checkpoints", "curve", "started"))
+    empty = dict.fromkeys(("evaluator", "checkpoints", "curve", "started", "out"))
     return lambda **changes: runs.Run(config=small(**changes), **parts, **empty)
 
 
