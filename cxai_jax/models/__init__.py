@@ -7,6 +7,7 @@ from cxai_jax.models import (
     covidnet_ct,
     densenet,
     efficientnet,
+    lenet,
     nasnet_mobile,
     resnet,
     tiny,
@@ -27,6 +28,7 @@ OPTIONS = {
 
 MODELS: dict[str, BackboneSpec] = {
     "tiny": tiny.SPEC,
+    "lenet": lenet.SPEC,
     **resnet.SPECS,
     **efficientnet.SPECS,
     "densenet121": densenet.SPEC,
