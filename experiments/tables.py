@@ -168,14 +168,14 @@ def listed(rows: Sequence[Row], jobs, folder: Path, site: str) -> str:
 
 
 def write(rows, jobs, folder: Path, site: str, path: Path) -> str:
-    """Writes the table with what is finished; returns it as text."""
+    """Writes the table if any run is finished; returns it as text."""
     cells = {
         name: {at: of_site(run, site) for at, run in of.items()}
         for name, of in compare.finished(jobs, folder).items()
         if of
     }
     if not cells:
-        return "no row has a finished run: no table yet"
+        return paired.markdown([overview(rows, jobs, folder, site, {})])
     order = sorted(cells, key=lambda name: name != REFERENCE)
     runs = compare.balanced({name: cells[name] for name in order})
     table = paired.compare(runs)
