@@ -52,6 +52,7 @@ def main(_) -> None:
     for noisy in ("absl", "orbax"):  # What orbax logs as an error it raises as well.
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     name, _, rows = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    rows = Path(rows).stem if rows.endswith(".json") else rows
     default = Path("runs", "-".join([Path(name).stem, *filter(None, rows.split(","))]))
     workdir = Path(WORKDIR.value or default)
     jax.config.update(
@@ -130,12 +131,22 @@ def check_command_line(arguments: list[str]) -> None:
     check_overrides(arguments, load_config_file(files[0]))
 
 
+def through_json(argument: str) -> str:
+    """--config=FILE.json as the config that reads it: settings that run nothing."""
+    name = argument.removeprefix("--config=")
+    if name == argument or not name.endswith(".json") or ".py:" in name:
+        return argument
+    return f"--config=configs/from_json.py:{name}"
+
+
 if __name__ == "__main__":
-    if not {"--help", "--helpfull", "--helpshort"} & set(sys.argv):
+    # absl wants --config before --config.x.y; people write them in any order.
+    arguments = sorted(
+        map(through_json, sys.argv[1:]), key=lambda a: not a.startswith("--config=")
+    )
+    if not {"--help", "--helpfull", "--helpshort"} & set(arguments):
         try:
-            check_command_line(sys.argv[1:])
+            check_command_line(arguments)
         except EXPLAINED as error:
             sys.exit(f"error: {error}")
-    # absl wants --config before --config.x.y; people write them in any order.
-    arguments = sorted(sys.argv[1:], key=lambda a: not a.startswith("--config="))
     app.run(main, argv=[sys.argv[0], *arguments])

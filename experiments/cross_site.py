@@ -6,8 +6,8 @@ python -m experiments.cross_site --rows=baseline,snapmix,full,sepnorm --recipe=s
 Every network is trained on site A, on site B, or on both, and scored on the test images
 of both. SepNorm has norms of each site where it is trained on both; trained on one it
 has one set of norms, with which it scores the other site as well. Finished runs are
-small files in results/cross_site/, see `compare`; the matrix is
-results/cross_site.json, .md, .tex and .png.
+small files in results/cross_site/, see `compare`; the matrix is cross_site.json,
+.md, .tex and .png beside it.
 """
 
 import argparse

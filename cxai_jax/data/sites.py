@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cxai_jax.data import splits, store
+from cxai_jax.data.reading import printable
 from cxai_jax.data.records import SPLITS, Dataset, DatasetSpec, concatenate
 from cxai_jax.data.store import Plan, Source
 
@@ -215,7 +216,7 @@ def _class_files(source: Path, folders: Sequence[str]) -> tuple[list, np.ndarray
     files = [store.class_files(source, folder) for folder in folders]
     labels = np.repeat(np.arange(len(files)), [len(part) for part in files])
     flat = [file for part in files for file in part]
-    return flat, labels, [file.relative_to(source).as_posix() for file in flat]
+    return flat, labels, [printable(file.relative_to(source)) for file in flat]
 
 
 def file_number(file: str | Path) -> int:

@@ -14,11 +14,11 @@ from cxai_jax.methods.method import Method, Network
 # Name -> make(config, network, optimizer, *, total_steps, groups) -> Method.
 METHODS: dict[str, Callable[..., Method]] = {
     "guided": guided.make,
-    "ms_net": ms_net.make,
     "target_statistics": target_statistics.make,
     "dann": dann.make,
     "cycada": cycada.make,
     "dranet": dranet.make,
+    "ms_net": ms_net.make,
 }
 
 

@@ -1,6 +1,7 @@
 """From files to prepared data and back: sites, folders, bad input, the command."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -229,6 +230,33 @@ def test_skip_bad_lists_what_it_skipped(tmp_path, capsys):
     assert set(skipped) == {"healthy/half.png", "healthy/text.jpg"}
     dataset = data.load(config("folder:x", tmp_path / "d"))
     assert sum(map(len, dataset.splits.values())) == 8
+
+
+def test_no_single_file_stops_a_preparation(tmp_path, capsys):
+    source = make_folder(tmp_path / "s")
+    folder_ = source / "healthy"
+    latin = folder_ / os.fsdecode(b"\xe4.png")  # As old archives have.
+    latin.write_bytes((folder_ / "größe 100%1.png").read_bytes())
+    os.mkfifo(folder_ / "fifo.png")
+    (folder_ / "loop.png").symlink_to("loop.png")
+    frames = [Image.new("L", (6, 4), level) for level in (9, 200)]
+    frames[0].save(folder_ / "x.gif", save_all=True, append_images=frames[1:])
+    (folder_ / os.fsdecode(b"\xe4.txt")).touch()
+    command = ("--dataset=folder", "--name=x", f"--source={source}")
+    command += (f"--data_dir={tmp_path / 'd'}", "--skip_bad")
+    code, out, _ = run(capsys, *command)
+    assert code == 0 and "left out: 4 files" in out
+    assert "healthy/\\xe4.txt: not an image by its suffix" in out
+    assert "healthy/fifo.png: " in out and "not a regular file" in out
+    assert "loop.png: cannot be opened (Too many levels" in out
+    assert "healthy/x.gif: all frames but the first" in out
+    dataset = data.load(config("folder:x", tmp_path / "d"))
+    names = np.concatenate([records.names for records in dataset.splits.values()])
+    assert "healthy/\\xe4.png" in names and len(names) == 10
+    (source / os.fsdecode(b"\xe4")).mkdir()
+    assert "the class folder \\xe4 has a name that is not UTF-8" in fails(
+        capsys, *command
+    )
 
 
 def test_given_splits_and_patients(tmp_path):
