@@ -95,11 +95,11 @@ def main(site: str, name: str, arguments: Sequence[str] | None = None) -> None:
         if not options.list:
             out = options.out or Path("runs", options.runs)
             compare.run_all(jobs, folder, out, minutes=options.max_minutes)
+        print(listed(rows, jobs, folder, site))
+        if not options.list:
+            print(write(rows, jobs, folder, site, compare.RESULTS / name))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    print(listed(rows, jobs, folder, site))
-    if not options.list:
-        print(write(rows, jobs, folder, site, compare.RESULTS / name))
 
 
 def chosen(keys: str | None) -> list[Row]:
