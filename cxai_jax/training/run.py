@@ -190,8 +190,8 @@ def open_run(config, workdir: Path, *, write: bool = False) -> Run:
     for other in sources.values():
         if models.needs_site(config.model) and other.site_names != scored.site_names:
             raise ValueError(
-                f"config.model.norm={config.model.norm!r} and config.model.adapter="
-                f"{config.model.adapter!r} have parts for the sites of {scored.name}, "
+                f"config.model.norm={config.model.norm!r} with config.model.adapter="
+                f"{config.model.adapter!r} has parts for the sites of {scored.name}, "
                 f"{', '.join(scored.site_names)}; {other.name} has "
                 f"others: {', '.join(other.site_names)}"
             )

@@ -26,6 +26,7 @@ CASES = {
     "two rates, frozen stem": {"schedule": "cosine", "frozen": ["stem"]},
     "adam": {"name": "adam", "schedule": "cosine", "frozen": ["stem"]},
     "adamw": {"name": "adamw", "schedule": "cosine", "frozen": ["stem"]},
+    "adam, clipped": {"name": "adam", "clip_norm": 0.7},
     "clipped": {"schedule": "multistep", "clip_norm": 0.7, "frozen": ["stem"]},
 }
 DEFAULTS = {
