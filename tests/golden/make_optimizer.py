@@ -25,6 +25,7 @@ CASES = {
     "cosine with warm-up": {"schedule": "cosine", "warmup": 0.2},
     "two rates, frozen stem": {"schedule": "cosine", "frozen": ["stem"]},
     "adam": {"name": "adam", "schedule": "cosine", "frozen": ["stem"]},
+    "adamw": {"name": "adamw", "schedule": "cosine", "frozen": ["stem"]},
     "adam, clipped": {"name": "adam", "clip_norm": 0.7},
     "clipped": {"schedule": "multistep", "clip_norm": 0.7, "frozen": ["stem"]},
 }
@@ -78,13 +79,12 @@ def trajectory(case: dict) -> dict:
         {"params": [values[name]], "lr": rates.get(name, case["lr_fresh"])}
         for name in trained
     ]
-    decay = case["weight_decay"]
-    if case["name"] == "adam":
-        optimizer = torch.optim.Adam(groups, weight_decay=decay)
-    else:
-        optimizer = torch.optim.SGD(
-            groups, momentum=case["momentum"], weight_decay=decay, nesterov=True
-        )
+    kind, own = {
+        "sgd": (torch.optim.SGD, {"momentum": case["momentum"], "nesterov": True}),
+        "adam": (torch.optim.Adam, {"betas": (case["momentum"], 0.999)}),
+        "adamw": (torch.optim.AdamW, {"betas": (case["momentum"], 0.999)}),
+    }[case["name"]]
+    optimizer = kind(groups, weight_decay=case["weight_decay"], **own)
     scheduler = schedule(optimizer, case)
     found = {name: [] for name in values}
     for step in range(STEPS):
