@@ -124,7 +124,7 @@ def test_gradcam_at_the_last_stage_is_cam(params, images, form):
     _, outputs = forward_jit(params, images)
     cam = saliency.class_map(outputs.class_maps, LABELS)
     last = saliency.gradcam_lower(
-        lambda f, site: head(params, f), outputs.features, LABELS, form=form
+        lambda f: head(params, f), outputs.features, LABELS, form=form
     )
     np.testing.assert_allclose(last * cam[0].size, cam, rtol=1e-4, atol=1e-5)
     loss = alignment.saliency_alignment([cam, last], grid=4)
