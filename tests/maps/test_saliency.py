@@ -62,7 +62,7 @@ def network(params):
     return saliency.Explained(
         lambda x, site: lower(params, x),
         lambda a, site: upper(params, a),
-        lambda f: head(params, f),
+        lambda f, site: head(params, f),
     )
 
 
