@@ -5,6 +5,8 @@
 `index.csv` (the same columns without the pictures, so that loading never parses images)
 and `summary.json` (counts, fingerprint, leakage verdict, skipped files). TensorFlow is
 never imported: images go in as encoded bytes and come out with decoding skipped.
+
+Writing and reading in one file, longer than others: each is the other's inverse.
 """
 
 import contextlib

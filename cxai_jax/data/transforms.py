@@ -1,6 +1,7 @@
 """Host image operations: open any medical or web image as gray uint8, and resize it.
 
-All resizing is Pillow's antialiased bilinear filter. Nothing here knows a data set.
+All resizing is Pillow's antialiased bilinear filter. Nothing here knows a data set. One
+file, longer than others, holds every step from bytes to the stored pixels.
 """
 
 import io
