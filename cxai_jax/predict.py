@@ -202,12 +202,13 @@ def progress(done: int, total: int, text: str) -> None:
     print(f"\r[{bar:<30}] {done}/{total} files, {text}\x1b[K", end=end, flush=True)
 
 
-def conclude(out: Path, rows, errors, *rest) -> int:
+def conclude(out: Path, rows, errors, class_names, positive, about) -> int:
     """Writes the page, prints the errors and returns the exit code."""
-    finish(out, rows, errors, *rest)
+    finish(out, rows, errors, class_names, positive, about)
     for name, text in errors:
         print(f"error: {name}: {text}", file=sys.stderr)
-    print(f"{len(rows)} images, {len(errors)} errors: {out / 'report.html'}")
+    of = f", probabilities are of {class_names[positive]}" if rows else ""
+    print(f"{len(rows)} images, {len(errors)} errors{of}: {out / 'report.html'}")
     return int(bool(errors)) if rows else 2
 
 

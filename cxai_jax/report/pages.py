@@ -44,7 +44,8 @@ def summary(results: dict) -> str:
     return "\n".join(
         [
             f"{data['name']}, {split} split ({data['split_scheme']}), "
-            f"{data['counts'][split]} images, percent with 95 % interval",
+            f"{scored['all']['number']} images, percent with 95 % interval; positive "
+            f"class: {data['positive']}",
             *table,
             *([] if flips is None else [f"labels flipped by voting: {len(flips)}"]),
             f"leakage: {data['leakage'].get('verdict', 'not examined')}",
@@ -175,6 +176,9 @@ def prediction_report(
             '<ul class="tiles">',
             *(f"<li><b>{number}</b> {escape(text)}</li>" for text, number in tiles),
             "</ul>",
+            f"<p>Positive class: {escape(class_names[positive])}.</p>"
+            if class_names
+            else "",
             _votes_sentence(rows, about),
         )
     ]
