@@ -33,7 +33,7 @@ def summary(results: dict) -> str:
     data, scored = results["data"], results["metrics"]
     lines = [["", *(SCORES[key] for key in HARD), SCORES["auc"]]]
     for name, values in _score_rows(scored):
-        lines.append([name, *(_with_interval(values, key) for key in (*HARD, "auc"))])
+        lines.append([name, *(with_interval(values, key) for key in (*HARD, "auc"))])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     table = [
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
@@ -62,6 +62,23 @@ def run_report(
 ) -> str:
     """The page of a finished run.
 
+    Args: as `run_parts`.
+    """
+    parts = run_parts(results, predictions, records, log, explanations)
+    data, model = results["data"], results["config"]["model"]["name"]
+    total = f"{len(predictions['labels'])} test images"
+    return page.whole(f"{data['name']} · {model}", total, parts)
+
+
+def run_parts(
+    results: dict,
+    predictions: dict,
+    records: Records,
+    log: Sequence[dict],
+    explanations: dict | None = None,
+) -> list[str]:
+    """The sections of a page of scored images.
+
     Args:
       results: contents of results.json.
       predictions: contents of the predictions file.
@@ -80,7 +97,7 @@ def run_report(
         votes = rules.votes_for(probs, theta=theta, k=k)
         after, opposing = np.asarray(votes.labels), np.asarray(votes.opposing)
     verdict = data["leakage"].get("verdict", "not examined")
-    leaks = verdict != "clean"
+    leaks = verdict not in ("clean", "no image was seen in training")
     counts = ", ".join(f"{count} {name}" for name, count in data["counts"].items())
     parts = [
         page.section(
@@ -135,8 +152,7 @@ def run_report(
     )
     about = {key: results[key] for key in ("device", "versions", "selected", "config")}
     parts.append(page.details("Config, versions and device", about))
-    model = config["model"]["name"]
-    return page.whole(f"{data['name']} · {model}", f"{len(labels)} test images", parts)
+    return parts
 
 
 def prediction_report(
@@ -248,7 +264,7 @@ def _score_rows(scored: dict) -> Iterable[tuple[str, dict]]:
         yield f"{site}, after voting", values
 
 
-def _with_interval(values: dict, key: str) -> str:
+def with_interval(values: dict, key: str) -> str:
     """ "91.3 (88.0-94.1)" in percent; "" of a score that labels do not have."""
     if key not in values:
         return ""
@@ -262,7 +278,7 @@ def _with_interval(values: dict, key: str) -> str:
 def _score_table(scored: dict, positive: str) -> str:
     rows = []
     for name, values in _score_rows(scored):
-        cells = [_with_interval(values, key) for key in SCORES]
+        cells = [with_interval(values, key) for key in SCORES]
         # With a hyphen that is no place to break the line.
         rows.append((name, *(cell.replace("-", "\u2011") for cell in cells)))
     note = (

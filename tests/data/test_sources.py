@@ -416,6 +416,8 @@ def test_site_a_by_the_lists_of_wang(tmp_path, capsys):
     ):
         test.write_text(text)
         assert message in fails(capsys, *command, lists)
+    test.write_text(good)
+    train.write_text(train.read_text().replace("3 Non-Covid (2).png normal\n", ""))
     code, out, _ = run(capsys, *command, lists, "--skip_bad")
     assert code == 0 and "left out: 1 files" in out
     assert "needs --split_files" in fails(capsys, *command, "--split=wang")
