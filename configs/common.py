@@ -13,15 +13,18 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # Seeds weights, shuffling, augmentation and mixing.
+    # Bit-equal runs on one device type. CPU and TPU are so anyway; on a GPU it sets
+    # XLA's flag, which forgoes autotuning and the fastest scatters and convolutions.
+    # Never equal across device types, numbers of devices, or versions of jaxlib.
+    config.deterministic = False
     config.method = "guided"  # Key of cxai_jax.methods.METHODS: the train step.
 
     config.model = model = ConfigDict()
     model.name = "resnet50"  # Key of cxai_jax.models.MODELS.
     model.head = "linear"  # linear | mlp. The CAM of an mlp is Grad-CAM (A11).
     model.extra_bn = False  # BN+ReLU after layer2 and layer4, as published (A10).
-    model.pretrained = (
-        ""  # "", lite0-imagenet, a file (.npz .safetensors .pth), hub id.
-    )
+    # "", lite0-imagenet (lite1, lite2), a file (.npz .safetensors .pth), hub id.
+    model.pretrained = ""
     model.dtype = "float32"  # Convolutions: float32 | bfloat16. Losses stay float32.
     model.norm = "plain"  # plain | per_site: scale, bias, statistics of each site.
     model.projection = 0  # Width of the embedding that `contrastive` compares; 0: none.
@@ -125,6 +128,10 @@ def get_config() -> ConfigDict:
     train.log_every_steps = 20  # Host reads the metrics this often, never in between.
     train.eval_every_epochs = 0.0  # Scores validation and test; 0: only at the end.
     train.checkpoint_every_epochs = 5.0  # 0: only at the end.
+    train.checkpoint_every_minutes = 10.0  # As well, for machines that are taken away.
+    # A loss or weight that is not finite: stop, naming the images | skip the step,
+    # count it as `skipped` and go on with the state before it.
+    train.on_nan = "stop"
     train.keep_checkpoints = 2  # Latest ones kept, beside the best.
     train.selection = "last"  # last | best_val (A22). Never the test split.
 

@@ -22,12 +22,16 @@ FREE_FIELDS = (
     "eval.",
     "tta.",
     "train.log_every_steps",
-    "train.checkpoint_every_epochs",
+    "train.checkpoint_every_",
+    "train.on_nan",
     "train.keep_checkpoints",
 )
 # Fields that older runs lack, and the value with which they behave as they did.
 ADDED_FIELDS = {
     "method": "guided",
+    "deterministic": False,
+    "train.checkpoint_every_minutes": 0.0,
+    "train.on_nan": "stop",
     "data.target": "",
     "tta.prefix_reuse": "off",
     "model.projection": 0,
@@ -168,7 +172,7 @@ def claim_workdir(config: ConfigDict, workdir: Path, *, write: bool = True) -> N
         if differing:
             raise ValueError(
                 f"{workdir} holds a run of another config: {'; '.join(differing)}. "
-                "Choose another --workdir, or delete this one to start afresh"
+                "Choose another --workdir, or give the fields as they were"
             )
     if write:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cxai_jax import disk
+
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes JSON in one move: a reader sees the old file or the new, never half."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
+    """Writes JSON in one move, see `disk.write`."""
     text = json.dumps(value, indent=1, default=_plain, allow_nan=True)
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)
+    disk.write(path, text + "\n")
 
 
 def read_log(workdir: Path) -> list[dict]:
@@ -54,7 +54,7 @@ class Writer:
             rows = self._path.read_text().splitlines()
             kept = [r for r in rows if _step_of(r) is not None]
             kept = [r for r in kept if _step_of(r) <= start_step]
-        self._path.write_text("".join(row + "\n" for row in kept))
+        disk.write(self._path, "".join(row + "\n" for row in kept))
         self._wandb = _open_wandb(workdir)
         try:
             from tensorboardX import SummaryWriter
@@ -67,8 +67,9 @@ class Writer:
         if not self.active:
             return
         values = {name: float(value) for name, value in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        row = json.dumps({"step": step, **values}) + "\n"
+        with disk.writing(self._path, len(row)), self._path.open("a") as file:
+            file.write(row)
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)

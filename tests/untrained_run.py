@@ -8,6 +8,7 @@ from configs import demo
 from cxai_jax import data
 from cxai_jax.config import claim_workdir
 from cxai_jax.data import novelty
+from cxai_jax.data.identity import identity
 from cxai_jax.training import run as runs
 from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.writer import write_json
@@ -28,6 +29,7 @@ def make_run(workdir: Path, **model_fields):
     config.data.image_size = 32
     config.data.resize = 36
     config.data.phantom_images = 48
+    config.train.batch_size = 8
     config.eval.batch_size = 4
     config.tta.k = 3
     config.tta.patch = 8
@@ -45,14 +47,12 @@ def make_run(workdir: Path, **model_fields):
         lambda x: x.at[1].add(0.5) if x.ndim > 1 else x, state.batch_stats
     )
     state = state.replace(params=loud, batch_stats=stats)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save("latest", 1, state, {"curve": []})
+    about = {"curve": [], "data": {"": identity(dataset)}}
+    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints.save("latest", 1, state, about)
     checkpoints.wait()
     checkpoints.close()
-    names = list(dataset.class_names)
-    about = {"class_names": names, "positive": names[dataset.positive]}
-    about["site_names"] = list(dataset.site_names)
-    write_json(workdir / "results.json", {"data": about})
+    write_json(workdir / "results.json", {"data": about["data"][""]})
     records = dataset.splits["train"]
     write_json(workdir / novelty.FILE, novelty.describe(records))
     return config, records

@@ -61,14 +61,11 @@ def parse(on: str) -> Place:
     return Place(name, splits, re.sub(r"[^\w.+-]", "_", label))
 
 
-def score_external(
-    config: ConfigDict | None, workdir: Path, on: str
-) -> tuple[Path, dict]:
+def score_external(config: ConfigDict, workdir: Path, on: str) -> tuple[Path, dict]:
     """Scores the run in `workdir` on other data.
 
     Args:
-      config: the run's, with other `eval`, `tta` or `data.data_dir` if wanted; None is
-        the config as the run has it.
+      config: the run's, with other `eval`, `tta` or `data.data_dir` if wanted.
       workdir: of a finished run.
       on: see `parse`.
 
@@ -82,12 +79,11 @@ def score_external(
         too).
     """
     started, place = time.monotonic(), parse(on)
-    if config is not None:
-        claim_workdir(config, workdir, write=False)
+    claim_workdir(config, workdir, write=False)
     trained = load(workdir)
     own = json.loads((workdir / "results.json").read_text())
     known = novelty.load(workdir)
-    config = scored_config(config or trained.config, place)
+    config = scored_config(config, place)
     dataset = open_dataset(config, trained, on)
     records = records_of({place.dataset: dataset}, config.data.test, "--on")
     mesh = meshes.make_mesh()

@@ -70,14 +70,16 @@ def load(workdir: Path) -> Trained:
     method = make_method(config, network, total_steps=1)
     template = jax.eval_shape(method.init, jax.random.key(0), network.variables)
     kind = "best" if config.train.selection == "best_val" else "latest"
-    checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
+    checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore(kind, template)
     checkpoints.close()
     if restored is None:
         raise FileNotFoundError(
             f"{checkpoints.folder / kind} holds no checkpoint; train first"
         )
-    state, step, _ = restored
+    state, step, about = restored
+    # Of the run that trained, whoever scored it since.
+    data = about.get("data", {}).get("", data)
     return Trained(
         config=config,
         class_names=data["class_names"],

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from cxai_jax import disk
 from cxai_jax.inference.predictor import Predicted, Trained
 from cxai_jax.report import figures, page
 from cxai_jax.report.pages import prediction_report
@@ -106,7 +107,7 @@ def row(
     overlay = Path("overlays", overlay_name(one.name))
     heated = figures.overlay(one.shown, found.class_maps[i, ..., found.before[i]])
     panel = figures.side_by_side(one.shown, heated)
-    (out / overlay).write_bytes(figures.encode(panel, "PNG"))
+    disk.write(out / overlay, figures.encode(panel, "PNG"))
 
     def chances(answer: Predicted, at: str = "") -> dict:
         probs = zip(model.class_names, answer.probs[i], strict=True)
@@ -233,4 +234,4 @@ def finish(
         patients=patients,
         about=about,
     )
-    (out / "report.html").write_text(html, encoding="utf-8")
+    disk.write(out / "report.html", html)

@@ -2,7 +2,14 @@
 
 import jax.numpy as jnp
 
-from cxai_jax.models import efficientnet_lite0, resnet, tiny
+from cxai_jax.models import (
+    covidnet_ct,
+    densenet,
+    efficientnet,
+    nasnet_mobile,
+    resnet,
+    tiny,
+)
 from cxai_jax.models.backbone import HEADS, Backbone, BackboneSpec
 from cxai_jax.models.norm import NORMS
 from cxai_jax.types import Array, PyTree
@@ -13,7 +20,10 @@ OPTIONS = {"extra_bn": "is published for ResNets (A10)"}  # See `BackboneSpec.op
 MODELS: dict[str, BackboneSpec] = {
     "tiny": tiny.SPEC,
     **resnet.SPECS,
-    "efficientnet_lite0": efficientnet_lite0.SPEC,
+    **efficientnet.SPECS,
+    "densenet121": densenet.SPEC,
+    "nasnet_mobile": nasnet_mobile.SPEC,
+    "covidnet_ct": covidnet_ct.SPEC,
 }
 
 

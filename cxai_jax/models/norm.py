@@ -177,6 +177,37 @@ NORMS: dict[str, Callable[[int], Callable[..., nn.Module]]] = {
 }
 
 
+class Conv(nn.Module):
+    """A convolution with no norm behind it and "SAME" padding.
+
+    Attributes:
+      bias: whether it has one.
+      The others are those of `ConvNorm`.
+    """
+
+    features: int
+    kernel: int
+    stride: int = 1
+    depthwise: bool = False
+    bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+    lowering: Lowering = "auto"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, C] -> [B, H', W', features] in `dtype`."""
+        y = conv(
+            x.astype(self.dtype),
+            _kernel(self, x.shape[-1]).astype(self.dtype),
+            stride=self.stride,
+            lowering=self.lowering,
+        )
+        if not self.bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return y + bias.astype(self.dtype)
+
+
 class ConvNorm(nn.Module):
     """A convolution without bias and its batch norm.
 
@@ -205,11 +236,7 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mode: Mode, site: Array | None = None) -> Array:
         """[B, H, W, C] -> [B, H', W', features] in `dtype`."""
-        k, channels = self.kernel, x.shape[-1]
-        fan_in, fan_out = (1, 1) if self.depthwise else (channels, self.features)
-        # He et al. (2015), by the fan-out: what torchvision and TF start from.
-        init = nn.initializers.normal((2 / (k * k * fan_out)) ** 0.5)
-        kernel = self.param("kernel", init, (k, k, fan_in, self.features))
+        kernel = _kernel(self, x.shape[-1])
         norm = self.norm(self.features, self.eps, self.lowering, name="norm")
 
         def convolve(kernel: Array) -> Array:
@@ -226,3 +253,12 @@ class ConvNorm(nn.Module):
             slope, shift = norm.folded()
             return convolve(kernel * slope) + shift.astype(self.dtype)
         return norm(convolve(kernel), mode, site)
+
+
+def _kernel(module: Conv | ConvNorm, channels: int) -> Array:
+    """The parameter [k, k, fan-in, features] of a module that reads `channels`."""
+    k, features = module.kernel, module.features
+    fan_in, fan_out = (1, 1) if module.depthwise else (channels, features)
+    # He et al. (2015), by the fan-out: what torchvision and TF start from.
+    init = nn.initializers.normal((2 / (k * k * fan_out)) ** 0.5)
+    return module.param("kernel", init, (k, k, fan_in, features))

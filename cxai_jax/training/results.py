@@ -8,8 +8,10 @@ from importlib import metadata
 
 import jax
 
+from cxai_jax import disk
 from cxai_jax import mesh as meshes
 from cxai_jax.data import novelty
+from cxai_jax.data.identity import identity
 from cxai_jax.data.records import Dataset, Records
 from cxai_jax.methods.method import Method
 from cxai_jax.report.pages import run_report
@@ -35,8 +37,9 @@ def conclude(run: Run, method: Method, state, *, steps: int, compiled: dict) -> 
       The contents of results.json. Beside it lie the predictions file, what `predict`
       needs (novelty) and report.html.
     """
+    disk.check(run.out)
     variables, selected = select(run, method, state)
-    predictions = run.evaluator.predict(variables, run.test)
+    predictions = run.evaluator.predict(variables, run.test, stoppable=True)
     found = explain_some(run, variables)
     results = collect(run, variables, predictions) | {
         "explanations": summary_of(run, found),
@@ -70,7 +73,9 @@ def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
     config, dataset, split = run.config, run.tested, run.config.data.test
     calibrated = {}
     if run.validation is not None:
-        validation = run.evaluator.predict(variables, run.validation, votes=False)
+        validation = run.evaluator.predict(
+            variables, run.validation, votes=False, stoppable=True
+        )
         positive = dataset.positive
         fitted = calibration.fit(
             validation["logits"], validation["labels"], positive=positive
@@ -101,34 +106,23 @@ def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
 
 def describe(dataset: Dataset) -> dict:
     """What a data set is: names, counts, fingerprint, leakage."""
-    return {
-        "name": dataset.name,
-        "class_names": list(dataset.class_names),
-        "positive": dataset.class_names[dataset.positive],
-        "site_names": list(dataset.site_names),
-        "split_scheme": dataset.split_scheme,
-        "fingerprint": dataset.fingerprint,
-        "counts": {name: len(records) for name, records in dataset.splits.items()},
-        "leakage": dataset.leakage,
-    }
+    return {**identity(dataset), "leakage": dataset.leakage}
 
 
 def write(run: Run, results: dict, predictions: dict, found: dict) -> None:
     """Writes the files of a finished run, results.json after what it stands for."""
     split = run.config.data.test
     warn_below_chance(results["metrics"]["all"])
-    evaluate.save_predictions(
-        evaluate.predictions_file(run.workdir, split), predictions
-    )
+    evaluate.save_predictions(evaluate.predictions_file(run.out, split), predictions)
     if found:
-        explanations.save(run.workdir / f"explanations_{split}.npz", found)
+        explanations.save(run.out / f"explanations_{split}.npz", found)
     fit = fit_records(run.sources, run.config.data.fit)
-    write_json(run.workdir / novelty.FILE, novelty.describe(fit))
-    write_json(run.workdir / "results.json", results)
+    write_json(run.out / novelty.FILE, novelty.describe(fit))
+    write_json(run.out / "results.json", results)
     page = run_report(
         results, predictions, run.test, read_log(run.workdir), found or None
     )
-    (run.workdir / "report.html").write_text(page, encoding="utf-8")
+    disk.write(run.out / "report.html", page)
 
 
 def warn_below_chance(scored: dict) -> None:

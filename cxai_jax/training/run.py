@@ -16,6 +16,7 @@ from cxai_jax import data, methods, models
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
 from cxai_jax.data.augment import PER_IMAGE, Scale
+from cxai_jax.data.identity import identity
 from cxai_jax.data.records import Dataset, Records, concatenate
 from cxai_jax.methods.method import STREAMS, Method, Network
 from cxai_jax.models import pretrained
@@ -138,9 +139,15 @@ class Run:
     checkpoints: Checkpoints
     curve: list  # Learning curve: one dict of split -> scores per evaluation.
     started: float  # time.monotonic() when it was opened.
+    out: Path  # Where results go: the workdir, unless a training is writing there.
 
     def about(self) -> dict:
-        return {"curve": list(self.curve)}
+        """What every checkpoint keeps beside the state."""
+        return {"curve": list(self.curve), "data": self.identities()}
+
+    def identities(self) -> dict[str, dict]:
+        """What the run's data are, by source."""
+        return {name: identity(dataset) for name, dataset in self.sources.items()}
 
     @property
     def dataset(self) -> Dataset:
@@ -163,8 +170,11 @@ class Run:
         return self.dataset.splits.get("val")
 
 
-def open_run(config, workdir: Path) -> Run:
-    """Checks the config, loads the data and builds the network of a run."""
+def open_run(config, workdir: Path, *, write: bool = False) -> Run:
+    """Checks the config, loads the data and builds the network of a run.
+
+    Only a training may `write` checkpoints.
+    """
     validate.check_config(config)
     started = time.monotonic()
     mesh = meshes.make_mesh()
@@ -181,9 +191,18 @@ def open_run(config, workdir: Path) -> Run:
         config, len(scored.class_names), num_sites=len(scored.site_names)
     )
     evaluator = evaluate.Evaluator(network.model, network.scale, config, mesh)
-    checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
+    keep = config.train.keep_checkpoints if write else None
     run = Run(
-        config, workdir, mesh, sources, network, evaluator, checkpoints, [], started
+        config,
+        workdir,
+        mesh,
+        sources,
+        network,
+        evaluator,
+        checkpoints=Checkpoints(workdir, keep=keep),
+        curve=[],
+        started=started,
+        out=workdir,
     )
     records_of(sources, config.data.test, "config.data.test")
     validate.check_run(run)

@@ -118,6 +118,7 @@ NO_OR_SPLIT_NAMES = Rule(
 
 RULES: dict[str, Rule] = {
     "seed": whole(0),
+    "deterministic": FLAG,
     "method": one_of(METHODS),
     "model.name": one_of(models.MODELS),
     "model.head": one_of(HEADS),
@@ -195,6 +196,8 @@ RULES: dict[str, Rule] = {
     "train.log_every_steps": whole(1),
     "train.eval_every_epochs": FROM_ZERO,
     "train.checkpoint_every_epochs": FROM_ZERO,
+    "train.checkpoint_every_minutes": FROM_ZERO,
+    "train.on_nan": one_of(("stop", "skip")),
     "train.keep_checkpoints": whole(1),
     "train.selection": one_of(("last", "best_val")),
     "eval.batch_size": whole(1),

@@ -14,6 +14,7 @@ from PIL import Image
 from untrained_run import make_run
 
 from cxai_jax import data
+from cxai_jax.config import read_config
 from cxai_jax.data import folder, store
 from cxai_jax.inference.external import parse, score_external
 from cxai_jax.inference.predictor import load
@@ -100,13 +101,13 @@ def test_another_hospital_is_scored_with_what_the_run_fixed(hospital):
 
 def test_splits_of_the_other_data(hospital):
     _, config, workdir = hospital
-    out, results = score_external(None, workdir, "phantom:val")
+    out, results = score_external(read_config(workdir), workdir, "phantom:val")
     assert out.name == "phantom_val"
     count = len(data.load(config.data).splits["val"])
     assert results["metrics"]["all"]["number"] == count
     assert results["overlap"]["seen_in_training"] == 0
     with pytest.raises(ValueError, match="names the split 'odd'; phantom has train"):
-        score_external(None, workdir, "phantom:odd")
+        score_external(read_config(workdir), workdir, "phantom:odd")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,13 @@ SHAPES = {
     "resnet34": (2, 512, 256),
     "resnet50": (2, 2048, 1024),
     "resnet101": (2, 2048, 1024),
+    "efficientnet_b0": (2, 1280, 112),
     "efficientnet_lite0": (2, 1280, 112),
+    "efficientnet_lite1": (2, 1280, 112),
+    "efficientnet_lite2": (2, 1280, 120),
+    "densenet121": (2, 1024, 1024),
+    "nasnet_mobile": (2, 1056, 1056),
+    "covidnet_ct": (2, 512, 512),
 }
 SITES = jnp.array([1, 0, 1], jnp.int32)  # Of `images`; ignored by plain norms.
 EVERY = pytest.mark.parametrize("name", models.MODELS)
@@ -296,10 +302,14 @@ def test_head_kernel_and_input_normalisation():
     assert models.head_kernel(variables["params"]).shape == (512, 5)
     with pytest.raises(ValueError, match="Outputs.class_maps"):
         models.head_kernel(shapes("tiny", 5, head="mlp")[0]["params"])
-    assert models.normalisation("efficientnet_lite0") == ((127.0,) * 3, (128.0,) * 3)
-    mean, std = models.normalisation("resnet50")
-    np.testing.assert_allclose(mean, [123.675, 116.28, 103.53])
-    np.testing.assert_allclose(std, [58.395, 57.12, 57.375])
+    for name in ("efficientnet_lite0", "efficientnet_lite2"):
+        assert models.normalisation(name) == ((127.0,) * 3, (128.0,) * 3)
+    assert models.normalisation("nasnet_mobile") == ((127.5,) * 3, (127.5,) * 3)
+    assert models.normalisation("covidnet_ct") == ((0.0,) * 3, (255.0,) * 3)
+    for name in ("resnet50", "densenet121", "efficientnet_b0"):
+        mean, std = models.normalisation(name)
+        np.testing.assert_allclose(mean, [123.675, 116.28, 103.53])
+        np.testing.assert_allclose(std, [58.395, 57.12, 57.375])
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_a_host_bound_run_says_so(
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(loop.jax, "block_until_ready", wait)
     monkeypatch.setattr(loop, "log", lambda *_: None)
+    monkeypatch.setattr(loop.finite, "check", lambda *_: None)
     checkpoints = SimpleNamespace(
         preempted=lambda step: False, save=lambda *_: None, wait=lambda: None
     )
