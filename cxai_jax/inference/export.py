@@ -1,13 +1,13 @@
-"""One file with the trained model, for use without this package.
+"""A trained model in one file, for use without this package, or as a bundle.
 
+cxai-export --workdir=runs/b --bundle=DIR [--push=OWNER/NAME]
 cxai-export --workdir=runs/b --out=model.bin [--votes=31] [--site=A]
 
-(or python -m cxai_jax.inference.export.)
-
-The file holds the weights, the preprocessing, the class maps and, with votes, the
-test-time voting as StableHLO for CPU, CUDA and TPU, for any number of images.
-`tools/run_exported.py` reads it with jax alone. Writing and reading need the package
-flatbuffers (extra `export`).
+The same as python -m cxai_jax.inference.export. A bundle is what `cxai-predict --model`
+reads, see bundle.py. The file holds the weights, the preprocessing, the class maps and,
+with votes, the test-time voting as StableHLO for CPU, CUDA and TPU, for any number of
+images; `tools/run_exported.py` reads it with jax alone. Writing and reading the file
+need the package flatbuffers, the bundle safetensors (both: extra `export`).
 """
 
 import argparse
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from cxai_jax.inference import bundle
 from cxai_jax.inference.predictor import Trained, chosen_sites, load
 from cxai_jax.types import Array
 from cxai_jax.voting.forward import make_voting_step
@@ -80,26 +81,46 @@ def export_model(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with 2 for bad input."""
     parser = argparse.ArgumentParser(prog="cxai-export")
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, help="file that jax alone can run")
+    target.add_argument("--bundle", type=Path, help="new folder for cxai-predict")
+    parser.add_argument("--push", help="upload the bundle as this hub id, privately")
     parser.add_argument("--votes", type=int, default=0, help="masks per image; 0: none")
     parser.add_argument("--site", default="", help="NAME of the site of the images")
     given = parser.parse_args(arguments)
+    if given.push and not given.bundle:
+        parser.error("--push uploads a bundle; give --bundle=DIR with it")
     try:
-        model = load(given.workdir)
-        model.config.tta.k = given.votes
-        sites = list(chosen_sites(model, given.site).values())
-        if len(sites) > 1:
-            raise ValueError("--site=each: a file is for one site; export one for each")
-        data = export_model(model, site=sites[0] if sites else None).serialize()
+        print(export_bundle(given) if given.bundle else export_file(given))
     except ImportError as error:
-        parser.exit(2, f"error: --out needs {error.name}: pip install flatbuffers\n")
+        parser.exit(2, f"error: this needs {error.name}: pip install {error.name}\n")
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")
+
+
+def export_bundle(given: argparse.Namespace) -> str:
+    """Writes the bundle and uploads it where asked to; says what was done."""
+    manifest = bundle.write(given.workdir, given.bundle)
+    told = f"{given.bundle}: {', '.join(manifest)} and {bundle.MANIFEST}"
+    if given.push:
+        told += f"\npushed to {bundle.push(given.bundle, given.push)}"
+    return told
+
+
+def export_file(given: argparse.Namespace) -> str:
+    """Writes the StableHLO file; says what it takes and gives."""
+    model = load(given.workdir)
+    model.config.tta.k = given.votes
+    sites = list(chosen_sites(model, given.site).values())
+    if len(sites) > 1:
+        raise ValueError("--site=each: a file is for one site; export one for each")
+    data = export_model(model, site=sites[0] if sites else None).serialize()
     given.out.write_bytes(data)
     size = model.config.data.image_size
-    print(
+    return (
         f"{given.out}: {len(data) / 1e6:.1f} MB, {', '.join(PLATFORMS)}, "
         f"gray uint8 [B, {size}, {size}] -> {', '.join(model.class_names)}"
     )

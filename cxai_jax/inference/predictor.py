@@ -17,6 +17,7 @@ from cxai_jax import models
 from cxai_jax.config import read_config
 from cxai_jax.data.augment import Scale
 from cxai_jax.inference.program_cache import Executables
+from cxai_jax.methods.method import Network
 from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.training.run import build_network, make_method
 from cxai_jax.types import PyTree
@@ -58,15 +59,7 @@ def load(workdir: Path) -> Trained:
             "its last checkpoint with --mode=eval"
         )
     data = json.loads(results.read_text())["data"]
-    # The checkpoint replaces pretrained weights, so they need not be found again.
-    fresh = config.copy_and_resolve_references()
-    fresh.model.pretrained = ""
-    network = build_network(
-        fresh,
-        len(data["class_names"]),
-        num_sites=len(data["site_names"]),
-        abstract=True,
-    )
+    network = empty_network(config, data)
     method = make_method(config, network, total_steps=1)
     template = jax.eval_shape(method.init, jax.random.key(0), network.variables)
     kind = "best" if config.train.selection == "best_val" else "latest"
@@ -80,6 +73,31 @@ def load(workdir: Path) -> Trained:
     state, step, about = restored
     # Of the run that trained, whoever scored it since.
     data = about.get("data", {}).get("", data)
+    return assemble(config, data, network, method.scored(state), step)
+
+
+def empty_network(config: ConfigDict, data: dict) -> Network:
+    """The network of a run without weights; its variables are shapes.
+
+    Args:
+      config: the run's.
+      data: with the class_names and site_names that it was trained on.
+    """
+    # Pretrained weights will be replaced, so they need not be found again.
+    fresh = config.copy_and_resolve_references()
+    fresh.model.pretrained = ""
+    return build_network(
+        fresh,
+        len(data["class_names"]),
+        num_sites=len(data["site_names"]),
+        abstract=True,
+    )
+
+
+def assemble(
+    config: ConfigDict, data: dict, network: Network, variables: PyTree, step: int
+) -> Trained:
+    """A trained model from its parts; `data` names classes, sites and positive."""
     return Trained(
         config=config,
         class_names=data["class_names"],
@@ -87,7 +105,7 @@ def load(workdir: Path) -> Trained:
         positive=data["class_names"].index(data["positive"]),
         model=network.model,
         scale=network.scale,
-        variables=method.scored(state),
+        variables=variables,
         step=step,
     )
 

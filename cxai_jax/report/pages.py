@@ -32,7 +32,7 @@ def summary(results: dict) -> str:
     """The table a run prints at its end: every score with its 95 % interval."""
     data, scored = results["data"], results["metrics"]
     lines = [["", *(SCORES[key] for key in HARD), SCORES["auc"]]]
-    for name, values in _score_rows(scored):
+    for name, values in score_rows(scored):
         lines.append([name, *(with_interval(values, key) for key in (*HARD, "auc"))])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     table = [
@@ -252,7 +252,7 @@ def _votes_sentence(rows: Sequence[page.Row], about: dict) -> str:
     )
 
 
-def _score_rows(scored: dict) -> Iterable[tuple[str, dict]]:
+def score_rows(scored: dict) -> Iterable[tuple[str, dict]]:
     """(name, scores) of every group that evaluate.score made."""
     yield "all images", scored["all"]
     yield from scored.get("per_site", {}).items()
@@ -277,7 +277,7 @@ def with_interval(values: dict, key: str) -> str:
 
 def _score_table(scored: dict, positive: str) -> str:
     rows = []
-    for name, values in _score_rows(scored):
+    for name, values in score_rows(scored):
         cells = [with_interval(values, key) for key in SCORES]
         # With a hyphen that is no place to break the line.
         rows.append((name, *(cell.replace("-", "\u2011") for cell in cells)))
