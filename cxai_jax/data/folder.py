@@ -5,7 +5,8 @@ Beside the class folders may lie `splits.csv` (columns file,split) and `patients
 Without splits.csv the split is drawn here: patient-disjoint where patients are given,
 else image-level, and labelled so.
 
-Two other layouts of public collections (Normal, Pneumonia, COVID) are read as they
+Where `labels.csv` lies in the folder it says everything instead, see labels.py. Two
+other layouts of public collections (Normal, Pneumonia, COVID) are read as they
 are: `train|val|test/class_name/*`, which gives the split, and `class_name/images/*`
 with lung masks of the same names in `class_name/masks/`.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from cxai_jax.data import labels as labelled
 from cxai_jax.data import splits, store
 from cxai_jax.data.positive import positive_class
 from cxai_jax.data.records import SPLITS, Dataset, DatasetSpec
@@ -35,7 +37,7 @@ def load(data_config: ConfigDict) -> Dataset:
 def plan_folder(
     source: str | Path, name: str = "folder", positive: str = "", split: str = ""
 ) -> Plan:
-    """Reads a tree of class folders; classes are sorted by name.
+    """Reads a tree of class folders, or one with labels.csv; classes sorted by name.
 
     Args:
       source: folder that holds one folder per class.
@@ -54,6 +56,8 @@ def plan_folder(
             f"--split={split!r} of a folder: give test, to keep every image for testing"
         )
     source = Path(source)
+    if (source / labelled.TABLE).exists():
+        return labelled.plan_labels(source, name, positive, split)
     roots = _split_folders(source) or {"": source}
     class_names = sorted({c for root in roots.values() for c in _class_folders(root)})
     found = [
@@ -74,10 +78,8 @@ def plan_folder(
         scheme, chosen = "given (splits.csv)", _listed(source, given, names)
     elif "" not in roots:
         scheme, chosen = "given (folders)", folder_splits
-    elif any(ids):
-        scheme, chosen = "patient-disjoint", splits.patient_disjoint(ids, labels)
     else:
-        scheme, chosen = "random (image-level)", splits.random_stratified(labels)
+        scheme, chosen = splits.drawn(ids, labels)
     rows = zip(files, names, labels, chosen, ids, strict=True)
     return Plan(
         name=name,
