@@ -43,9 +43,8 @@ def test_any_line_end_and_byte_order_mark(source, encoding, end):
 
 
 def test_patients_splits_and_sites(source):
-    more = [
-        (f"p{i // 2}", "train test val".split()[i % 3], "AB"[i % 2]) for i in range(8)
-    ]
+    parts = ("train", "test", "val")
+    more = [(f"p{i // 2}", parts[i % 3], "AB"[i % 2]) for i in range(8)]
     rows = [(*m, *r, "old") for m, r in zip(more, rows_of(), strict=True)]
     write(source, " patient,split,site, file ,label,age", rows)
     plan = folder.plan_folder(source)
