@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
     data.split_seed = 0  # Seed of the folds.
     data.fit = "train"  # Splits trained on: train | train+val.
     data.target = ""  # Splits of unlabelled images, for methods that take them.
+    data.other = ""  # Splits of a third domain, unlabelled too (dranet).
     data.test = "test"  # Split scored at the end; of another data set: usps:test.
     data.image_size = 224  # Pixels, side of the network's input.
     data.resize = 256  # Pixels, short side before the random crop (D18).
@@ -52,6 +53,11 @@ def get_config() -> ConfigDict:
     # Phantom only: probability that the burnt-in letter agrees with the label in train
     # and val, e.g. "0.95"; "" is 0.5, no relation, which test always has.
     data.phantom_mark = ""
+
+    data.digits_images = 0  # Digits only: first training images that count; 0: all.
+    # mnist_m only: folder of photographs that it is made over where it is missing, such
+    # as BSDS500's; "" takes those of scikit-image (extra `photographs`).
+    data.photographs = ""
 
     config.augment = augment = ConfigDict()
     # random: short side to `resize`, random crop (published, D18); square: squash to
@@ -103,6 +109,21 @@ def get_config() -> ConfigDict:
     align.input_grad_fraction = 1.0  # Share of the batch used by the input gradient.
     align.mask_weight = 0.0  # Weight of 1 - energy in the lung mask.
     align.mask_dilate = 1  # Cells of the class map by which that mask grows.
+
+    config.adapt = adapt = ConfigDict()
+    adapt.weight = 1.0  # Of the adversary: dann's factor of lambda, cycada, dranet.
+    adapt.hidden = (100,)  # Hidden layers of the domain classifier (Ganin et al.).
+    adapt.features_after = 0.5  # cycada: share of all steps before its adversary works.
+    adapt.lr = 2e-4  # Adam's rate for generators and discriminators (Zhu et al.).
+    adapt.width = 64  # Channels of their first layers.
+    adapt.blocks = 9  # Residual blocks of a ResNet generator.
+    adapt.pool = 100  # Generated images kept per discriminator; at least a batch.
+    adapt.cycle_weight = 1.0  # cycada: weight of the cycles, as published for digits.
+    adapt.style_weight = 5e3  # dranet: of Gram matrices; 5e4 and 1e4 with MNIST-M.
+    adapt.generator_steps = 2  # dranet: steps of E, S and G for one of D.
+    # dranet: weights of VGG-19 in torchvision's names (.pth .npz); "": random ones.
+    adapt.perceptual = ""
+    adapt.perceptual_width = 64  # Channels of its first block.
 
     config.optim = optim = ConfigDict()
     optim.lr_trunk = 0.001  # Learning rate of pretrained parameters (A20).

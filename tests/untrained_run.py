@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import jax
+from small import small
 
-from configs import demo
 from cxai_jax import data
 from cxai_jax.config import claim_workdir
 from cxai_jax.data import novelty
@@ -24,16 +24,8 @@ def make_run(workdir: Path, **model_fields):
       workdir: an empty folder.
       **model_fields: of `config.model`.
     """
-    config = demo.get_config("full")
+    config = small(**{"eval.batch_size": 4, "tta.theta": 0.45})
     config.model.update(model_fields)
-    config.data.image_size = 32
-    config.data.resize = 36
-    config.data.phantom_images = 48
-    config.train.batch_size = 8
-    config.eval.batch_size = 4
-    config.tta.k = 3
-    config.tta.patch = 8
-    config.tta.theta = 0.45
     claim_workdir(config, workdir)
     dataset = data.load(config.data)
     network = runs.build_network(config, 2, num_sites=len(dataset.site_names))

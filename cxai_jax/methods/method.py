@@ -42,6 +42,7 @@ STREAMS = {
     "labelled": ("config.data.fit", True),
     "source": ("config.data.fit", True),
     "target": ("config.data.target", False),
+    "other": ("config.data.other", False),
 }
 
 

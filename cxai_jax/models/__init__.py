@@ -6,6 +6,7 @@ from cxai_jax.models import (
     covidnet_ct,
     densenet,
     efficientnet,
+    lenet,
     nasnet_mobile,
     resnet,
     tiny,
@@ -19,6 +20,7 @@ OPTIONS = {"extra_bn": "is published for ResNets (A10)"}  # See `BackboneSpec.op
 
 MODELS: dict[str, BackboneSpec] = {
     "tiny": tiny.SPEC,
+    "lenet": lenet.SPEC,
     **resnet.SPECS,
     **efficientnet.SPECS,
     "densenet121": densenet.SPEC,

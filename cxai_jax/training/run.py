@@ -63,7 +63,7 @@ def load_sources(config) -> dict[str, Dataset]:
     """
     main = data.load(config.data)
     sources = {"": main}
-    for field in ("fit", "target", "test"):
+    for field in ("fit", "target", "other", "test"):
         for split in filter(None, config.data[field].split("+")):
             name = split.rpartition(":")[0]
             if name in sources:
@@ -155,8 +155,9 @@ class Run:
 
     @property
     def tested(self) -> Dataset:
-        """The data set that the test split is of."""
-        return self.sources[self.config.data.test.rpartition(":")[0]]
+        """The data set that the (first) test split is of."""
+        first = self.config.data.test.split("+")[0]
+        return self.sources[first.rpartition(":")[0]]
 
     @property
     def test(self) -> Records:

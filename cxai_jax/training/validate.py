@@ -78,7 +78,7 @@ FROM_ZERO = Rule(lambda v: is_number(v) and v >= 0, "expected a number, 0 or mor
 
 def _is_data_set(name) -> bool:
     kind, _, directory = str(name).partition(":")
-    return kind in data.DATASETS and (not directory or kind == "folder")
+    return kind in data.DATASETS and (not directory or kind in data.NAMED)
 
 
 def _are_splits(names) -> bool:
@@ -128,13 +128,17 @@ RULES: dict[str, Rule] = {
     "model.projection": whole(0),
     "model.remat": FLAG,
     "model.norm": one_of(NORMS),
-    "data.name": Rule(_is_data_set, f"known: {', '.join(data.DATASETS)}, folder:NAME"),
+    "data.name": Rule(
+        _is_data_set,
+        f"known: {', '.join(data.DATASETS)}, folder:NAME, tfds:mnist",
+    ),
     "data.data_dir": TEXT,
     "data.split": TEXT,
     "data.fold": TEXT,  # data.folds.refold tells its form.
     "data.split_seed": whole(0),
     "data.fit": SPLIT_NAMES,
     "data.target": NO_OR_SPLIT_NAMES,
+    "data.other": NO_OR_SPLIT_NAMES,
     "data.test": SPLIT_NAMES,
     "data.image_size": whole(1),
     "data.resize": whole(1),
@@ -142,6 +146,8 @@ RULES: dict[str, Rule] = {
     "data.site_repeats": each(whole(1), "whole numbers, 1 or more", least=1),
     "data.residency": one_of(RESIDENCIES),
     "data.phantom_images": whole(12),
+    "data.digits_images": whole(0),
+    "data.photographs": TEXT,
     "data.phantom_mark": Rule(_is_mark, "expected '' or a probability, e.g. '0.9'"),
     "augment.crop": one_of(CROPS),
     "augment.hflip": FLAG,
@@ -177,6 +183,18 @@ RULES: dict[str, Rule] = {
     "align.input_grad_fraction": Rule(_is_one_over_whole, "expected 1, 1/2, 1/3, ..."),
     "align.mask_weight": FROM_ZERO,
     "align.mask_dilate": whole(0),
+    "adapt.weight": FROM_ZERO,
+    "adapt.hidden": each(whole(1), "whole numbers, 1 or more"),
+    "adapt.features_after": SHARE,
+    "adapt.lr": FROM_ZERO,
+    "adapt.width": whole(1),
+    "adapt.blocks": whole(1),
+    "adapt.pool": whole(1),
+    "adapt.cycle_weight": FROM_ZERO,
+    "adapt.style_weight": FROM_ZERO,
+    "adapt.generator_steps": whole(1),
+    "adapt.perceptual": TEXT,
+    "adapt.perceptual_width": whole(1),
     "optim.lr_trunk": FROM_ZERO,
     "optim.lr_fresh": FROM_ZERO,
     "optim.groups": each(TEXT, "rules EXPRESSION=GROUP"),
@@ -254,6 +272,13 @@ def _together(config) -> Iterator[str]:
             f"config.train.batch_size={batch} must be a multiple of "
             f"config.train.accumulate={accumulate}"
         )
+    for field in ("target", "other"):
+        unlabelled = set(filter(None, config.data[field].split("+")))
+        if shared := sorted(unlabelled & set(config.data.fit.split("+"))):
+            yield (
+                f"config.data.fit and config.data.{field} both name {shared[0]!r}: "
+                "labels of a target are not read; take it out of config.data.fit"
+            )
     if config.train.steps_per_call != 1 and config.data.residency == "host":
         yield (
             f"config.train.steps_per_call={config.train.steps_per_call} needs "

@@ -16,6 +16,7 @@ from cxai_jax.models.norm import NORMS, BatchNorm, ConvNorm
 # Of 64-pixel images: grid, D, D3.
 SHAPES = {
     "tiny": (8, 64, 48),
+    "lenet": (16, 64, 20),
     "resnet18": (2, 512, 256),
     "resnet34": (2, 512, 256),
     "resnet50": (2, 2048, 1024),
@@ -317,7 +318,7 @@ def test_head_kernel_and_input_normalisation():
     [
         (
             {"name": "resnet51"},
-            "config.model.name is 'resnet51'; known: tiny, resnet18",
+            "config.model.name is 'resnet51'; known: tiny, lenet, resnet18",
         ),
         ({"head": "conv"}, "config.model.head is 'conv'; known: linear, mlp"),
         ({"dtype": "float16"}, "'float16'; known: float32, bfloat16"),
