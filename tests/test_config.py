@@ -58,7 +58,7 @@ def test_a_workdir_belongs_to_the_run_that_saved_there(tmp_path):
         (["--config=configs/nowhere.py"], ["configs/nowhere.py", "siteB"]),
         (["--config=configs/demo.py", "--config.train.epoch=1"], ["train.epochs"]),
         ([], ["--config", "configs/demo.py"]),
-        (["--config=configs/siteB.py"], ["prepare_data", "site_b"]),
+        (["--config=configs/siteB.py"], ["cxai-prepare", "site_b"]),
     ],
 )
 def test_command_line_errors_are_one_line(tmp_path, arguments, words):
