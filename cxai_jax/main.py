@@ -92,6 +92,7 @@ def main(_) -> None:
 def default_workdir() -> Path:
     """runs/CONFIG-ROW-ROW."""
     name, _, rows = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    rows = Path(rows).stem if rows.endswith(".json") else rows
     return Path("runs", "-".join([Path(name).stem, *filter(None, rows.split(","))]))
 
 
@@ -139,6 +140,14 @@ def out_of_memory(config) -> str:
     )
 
 
+def through_json(argument: str) -> str:
+    """--config=FILE.json as the config that reads it: settings that run nothing."""
+    name = argument.removeprefix("--config=")
+    if name == argument or not name.endswith(".json") or ".py:" in name:
+        return argument
+    return f"--config=configs/from_json.py:{name}"
+
+
 def checked(arguments: list[str]) -> list[str]:
     """The command line as absl wants it: --config first, and a path.
 
@@ -170,7 +179,7 @@ def checked(arguments: list[str]) -> list[str]:
 
 def cli() -> None:
     """The command: `cxai-train`, or python -m cxai_jax.main."""
-    arguments = sys.argv[1:]
+    arguments = [through_json(argument) for argument in sys.argv[1:]]
     if not {"--help", "--helpfull", "--helpshort"} & set(arguments):
         try:
             arguments = checked(arguments)

@@ -11,6 +11,7 @@ page says why; 2: nothing was; 128 + n: stopped by signal n, --resume continues.
 import argparse
 import json
 import logging
+import os
 import signal as signals
 import sys
 import time
@@ -22,13 +23,14 @@ import jax
 import numpy as np
 
 from cxai_jax import disk, host
-from cxai_jax.data import inputs, novelty, pipeline, transforms
+from cxai_jax.data import inputs, novelty, pipeline, reading, transforms
 from cxai_jax.inference import bundle
 from cxai_jax.inference.predictor import Predictor, chosen_sites, load, over_sites
 from cxai_jax.inference.table import OVERLAY_HEIGHT, Prepared, Table, finish, read, row
 from cxai_jax.mesh import make_mesh
 from cxai_jax.report import figures
-from cxai_jax.writer import write_json
+from cxai_jax.report.pages import tally_sentence
+from cxai_jax.writer import read_json, write_json
 
 NOT_FINITE = (
     "the network's probabilities are not finite; its weights are damaged or its "
@@ -68,9 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cache = given.workdir.absolute() / "xla_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     found = inputs.find([*given.images, *given.more])
-    ours = given.out.resolve()  # May lie in the folder of the images.
-    files = [path for path in found.files if ours not in path.resolve().parents]
-    found = found._replace(files=files)
+    found = without(found, given.out)
     errors = list(found.errors)
     about = {"model": given.model} if given.model else {"workdir": str(given.workdir)}
     if not found.files and not errors:
@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(str(error))
         given.out.mkdir(parents=True, exist_ok=True)
         errors.append((str(given.model or given.workdir), str(error)))
-        return conclude(given.out, [], errors, [], 0, about)
+        counts = tally(found, 0, len(found.errors))
+        return conclude(given.out, [], errors, [], 0, about, counts)
     if given.votes is not None:
         cells = (model.config.data.image_size // model.config.tta.patch) ** 2
         if not 0 <= given.votes <= cells:
@@ -102,16 +103,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     if done.exists():
         made = given.out / "about.json"
-        if not made.exists() or json.loads(made.read_text()) != about:
+        try:
+            same = made.exists() and read_json(made) == about
+            rows = read(done, model.class_names, shown(sites)) if same else []
+        except ValueError as error:
+            parser.error(f"{error}; choose another --out")
+        if not same:
             parser.error(
                 f"{done} was made with another model, --votes, --site or --window; "
                 "choose another --out"
             )
-        rows = read(done)
     write_json(given.out / "about.json", about)
-    rows, signal = predict(model, known, found, errors, rows, given, sites)
+    rows, signal, counts = predict(model, known, found, errors, rows, given, sites)
     about["ignored files"] = found.ignored
-    code = conclude(given.out, rows, errors, model.class_names, model.positive, about)
+    about["rows of patients.csv that name no image"] = found.unmatched
+    names = model.class_names
+    code = conclude(given.out, rows, errors, names, model.positive, about, counts)
     if signal:
         print("stopped; the same command with --resume continues")
     return 128 + signal if signal else code
@@ -125,19 +132,51 @@ def window(text: str) -> tuple[float, float]:
     return centre, width
 
 
-def predict(model, known, found, errors, rows, given, sites) -> tuple[list[dict], int]:
+def without(found: inputs.Found, out: Path) -> inputs.Found:
+    """What was found but our own output, which may lie in the folder of the images."""
+    ours = os.path.realpath(out) + os.sep
+
+    def other(path: str | Path) -> bool:
+        return not os.path.realpath(path).startswith(ours)
+
+    return found._replace(
+        files=list(filter(other, found.files)),
+        ignored=list(filter(other, found.ignored)),
+    )
+
+
+def shown(sites: dict[str, int]) -> list[str]:
+    """The sites with columns of their own: one site's answer is the answer."""
+    return list(sites) if len(sites) > 1 else []
+
+
+def tally(found: inputs.Found, predicted: int, failed: int) -> dict[str, int]:
+    """Counts of paths that add up: found = predicted + failed + ignored + left."""
+    total = len(found.files) + len(found.errors) + len(found.ignored)
+    return {
+        "found": total,
+        "predicted": predicted,
+        "failed": failed,
+        "ignored": len(found.ignored),
+        "left": total - predicted - failed - len(found.ignored),
+        "unmatched": len(found.unmatched),
+    }
+
+
+def predict(
+    model, known, found, errors, rows, given, sites
+) -> tuple[list[dict], int, dict[str, int]]:
     """Predicts the files that have no row yet, as of `sites`; adds to `errors`.
 
     Returns:
-      All rows, and the signal that stopped it or 0.
+      All rows, the signal that stopped it or 0, and the counts of `tally`.
     """
     size, out = model.config.data.image_size, given.out
     network_input = pipeline.fit_for_scoring(model.config)
     programs = given.workdir and given.workdir / "executables"
     predictor = Predictor(model, make_mesh(), programs)
     done = {row["file"] for row in rows}  # Frames of a file have rows of their own.
-    shown = list(sites) if len(sites) > 1 else []  # One site's answer is the answer.
-    table = Table(out / "predictions.csv", model.class_names, rows, shown)
+    table = Table(out / "predictions.csv", model.class_names, rows, shown(sites))
 
     def prepare(path: Path) -> list[Prepared]:
         patient = found.patients.get(path, "")
@@ -145,7 +184,7 @@ def predict(model, known, found, errors, rows, given, sites) -> tuple[list[dict]
             Prepared(
                 one.name,
                 one.patient,
-                novelty.flags(one.gray, known, size),
+                one.notes + novelty.flags(one.gray, known, size),
                 network_input(transforms.as_stored(one.gray)),
                 figures.shrink(one.gray[..., 0], OVERLAY_HEIGHT),
             )
@@ -153,14 +192,17 @@ def predict(model, known, found, errors, rows, given, sites) -> tuple[list[dict]
             if one.name not in done
         ]
 
-    files = [path for path in found.files if inputs.printable(path) not in done]
+    files = [path for path in found.files if reading.printable(path) not in done]
     waiting, begun, number, saved, stopped = [], time.monotonic(), 0, 0, 0
+    opened_names, failed, lost = [], len(found.errors), set()
     with host.StopSignal() as stop:
-        for place, (path, opened) in enumerate(inputs.read_ahead(files, prepare), 1):
+        for place, (path, opened) in enumerate(reading.read_ahead(files, prepare), 1):
             if isinstance(opened, ValueError):
-                name = inputs.printable(path)
+                name = reading.printable(path)
                 errors.append((name, str(opened).removeprefix(f"{name}: ")))
+                failed += 1
             else:
+                opened_names.append([one.name for one in opened])
                 waiting += opened
             full = predictor.batch_size
             last, before = place == len(files), number
@@ -176,8 +218,10 @@ def predict(model, known, found, errors, rows, given, sites) -> tuple[list[dict]
                 else:
                     outcome = predictor(images)
                 finite = np.isfinite(outcome.probs).all(1)
-                errors += [(batch[i].name, NOT_FINITE) for i in np.flatnonzero(~finite)]
-                by_site = {name: answers[name] for name in shown}
+                bad = [batch[i].name for i in np.flatnonzero(~finite)]
+                errors += [(name, NOT_FINITE) for name in bad]
+                lost.update(bad)
+                by_site = {name: answers[name] for name in shown(sites)}
                 table.add(
                     [
                         row(batch[i], outcome, i, model, out, by_site)
@@ -199,7 +243,11 @@ def predict(model, known, found, errors, rows, given, sites) -> tuple[list[dict]
     if saved:
         every = number * model.config.tta.k * max(1, len(sites))
         print(f"early exit saved {saved} of {every} masked forward passes")
-    return table.rows, stopped
+    written = {row["file"] for row in table.rows}
+    predicted = len(found.files) - len(files)
+    predicted += sum(written.issuperset(names) for names in opened_names)
+    failed += sum(not lost.isdisjoint(names) for names in opened_names)
+    return table.rows, stopped, tally(found, predicted, failed)
 
 
 def progress(done: int, total: int, text: str) -> None:
@@ -212,12 +260,15 @@ def progress(done: int, total: int, text: str) -> None:
     print(f"\r[{bar:<30}] {done}/{total} files, {text}\x1b[K", end=end, flush=True)
 
 
-def conclude(out: Path, rows, errors, class_names, positive, about) -> int:
-    """Writes the page, prints the errors and returns the exit code."""
-    finish(out, rows, errors, class_names, positive, about)
+def conclude(out: Path, rows, errors, names, positive, about, counts) -> int:
+    """Writes the page, prints errors and counts, and returns the exit code."""
+    finish(out, rows, errors, names, positive, about, counts)
     for name, text in errors:
         print(f"error: {name}: {text}", file=sys.stderr)
-    of = f", probabilities are of {class_names[positive]}" if rows else ""
+    for name, text in about.get("rows of patients.csv that name no image", []):
+        print(f"unmatched: {name}: {text}", file=sys.stderr)
+    print(tally_sentence(counts))
+    of = f", probabilities are of {names[positive]}" if rows else ""
     print(f"{len(rows)} images, {len(errors)} errors{of}: {out / 'report.html'}")
     return int(bool(errors)) if rows else 2
 

@@ -19,11 +19,35 @@ def write_json(path: Path, value: dict) -> None:
     disk.write(path, text + "\n")
 
 
+def read_json(path: Path, *fields: str) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+      ValueError: names the file if it cannot be read, is damaged or lacks a field.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, no JSON ({error}); restore it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+    if missing := [name for name in fields if name not in value]:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    return value
+
+
 def read_log(workdir: Path) -> list[dict]:
     """The rows of metrics.jsonl; [] without one, a line cut short is left out."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = _lines(path) if path.exists() else []
     return [json.loads(line) for line in lines if _step_of(line) is not None]
+
+
+def _lines(path: Path) -> list[str]:
+    """Damaged bytes spoil their own line only."""
+    return path.read_text("utf-8", errors="replace").split("\n")
 
 
 def _plain(value):
@@ -51,7 +75,7 @@ class Writer:
         # Rows after the checkpoint belong to a run that died: they will be redone.
         kept = []
         if start_step and self._path.exists():
-            rows = self._path.read_text().splitlines()
+            rows = _lines(self._path)
             kept = [r for r in rows if _step_of(r) is not None]
             kept = [r for r in kept if _step_of(r) <= start_step]
         disk.write(self._path, "".join(row + "\n" for row in kept))
@@ -140,8 +164,8 @@ def _open_wandb(workdir: Path):
 def _step_of(row: str) -> int | None:
     try:
         return int(json.loads(row)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None  # A line cut short by a crash.
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None  # A line cut short by a crash, or damaged.
 
 
 class Timer:

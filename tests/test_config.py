@@ -1,6 +1,7 @@
 """Configs: every row builds, unknown words and fields name the known ones."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from configs import common
+from configs import common, from_json
+from cxai_jax import main
 from cxai_jax.config import check_overrides, claim_workdir, flatten, read_config
+from cxai_jax.training.validate import check_config
 
 REPO = Path(__file__).parents[1]
 
@@ -59,6 +62,7 @@ def test_a_workdir_belongs_to_the_run_that_saved_there(tmp_path):
         (["--config=configs/demo.py", "--config.train.epoch=1"], ["train.epochs"]),
         ([], ["--config", "configs/demo.py"]),
         (["--config=configs/siteB.py"], ["cxai-prepare", "site_b"]),
+        (["--config=absent.json"], ["absent.json: cannot be read (No such file"]),
     ],
 )
 def test_command_line_errors_are_one_line(tmp_path, arguments, words):
@@ -86,3 +90,57 @@ def test_a_run_from_before_a_field_reads_as_it_was(tmp_path):
     read = read_config(tmp_path)
     assert (read.tta.prefix_reuse, read.tta.theta) == ("off", 0.3)
     claim_workdir(common.get_config(), tmp_path, write=False)  # May be continued.
+
+
+def test_settings_from_json_change_fields_and_run_nothing(tmp_path):
+    path = tmp_path / "settings.json"
+    settings = {"train": {"epochs": 3}, "data": {"site_repeats": [1, 4]}, "seed": 7}
+    path.write_text(json.dumps(settings))
+    config = from_json.get_config(str(path))
+    assert (config.seed, config.data.site_repeats) == (7, (1, 4))
+    assert type(config.train.epochs) is float
+    whole = json.loads(config.to_json())
+    path.write_text(json.dumps(whole))  # As the config.json of a run.
+    assert json.loads(from_json.get_config(str(path)).to_json()) == whole
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ({"train": {"epoch": 3}}, "'train.epoch' is not a field; known: config.train"),
+        ({"train": 3}, "'train' is not a field"),
+        ({"seed": {"x": 1}}, "'seed.x' is not a field"),
+        ({"seed": 1.5}, "seed is 1.5, expected a value like 0"),
+        ({"seed": True}, "seed is True, expected"),
+        ({"seed": None}, "seed is None, expected"),
+        ({"train": {"epochs": 10**400}}, "train.epochs is 10000.*, expected"),
+        ({"model": {"name": ["a"]}}, r"model.name is \['a'\], expected"),
+        ({"data": {"site_repeats": [[1]]}}, "site_repeats is .*expected a value like"),
+        ([], "holds a list, expected an object"),
+        ("import os", "holds a str"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(tmp_path, content, message):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"settings.json.*{message}"):
+        from_json.get_config(str(path))
+
+
+def test_values_from_json_are_validated_as_all_others(tmp_path):
+    path = tmp_path / "settings.json"
+    for content, message in (
+        ({"mix": {"prob": 2.0}}, "config.mix.prob is 2.0"),
+        ({"data": {"site_repeats": ["a"]}}, "config.data.site_repeats is"),
+        ({"train": {"epochs": float("nan")}}, "config.train.epochs is nan"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            check_config(from_json.get_config(str(path)))
+
+
+def test_a_json_file_is_a_config_of_the_command():
+    read = "--config=configs/from_json.py:a/b.json"
+    assert main.through_json("--config=a/b.json") == read
+    for argument in (read, "--config=configs/demo.py", "--config.seed=x.json"):
+        assert main.through_json(argument) == argument

@@ -14,7 +14,13 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/uv" && "$work/uv/bin/pip" install -q uv || exit 1
 failed=0
 for version in ${PYTHONS:-3.11 3.12 3.13}; do
-  if ! python=$("$work/uv/bin/uv" python find --no-python-downloads "$version" 2>/dev/null); then
+  python=""
+  for candidate in "python$version" "$HOME/.pyenv/versions/$version".*/bin/python; do
+    if "$candidate" -c 'import venv' 2>/dev/null; then
+      python=$candidate
+    fi
+  done
+  if [[ -z $python ]]; then
     printf '%-7s not at hand\n' "$version"
     continue
   fi

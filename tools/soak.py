@@ -20,7 +20,7 @@ from PIL import Image
 
 from configs import demo
 from cxai_jax import host
-from cxai_jax.data import inputs, novelty, transforms
+from cxai_jax.data import inputs, novelty, pipeline, transforms
 from cxai_jax.inference import table
 from cxai_jax.inference.predictor import Predictor, load
 from cxai_jax.mesh import make_mesh
@@ -112,6 +112,7 @@ def predict(number: int, workdir: Path, folder: Path) -> dict:
     (folder / "overlays").mkdir()
     model, known = load(workdir), novelty.load(workdir)
     size = model.config.data.image_size
+    network_input = pipeline.fit_for_scoring(model.config)
     predictor = Predictor(model, make_mesh())
     samples, done = Samples(number), 0
     while done < number:
@@ -123,13 +124,13 @@ def predict(number: int, workdir: Path, folder: Path) -> dict:
                     one.name,
                     one.patient,
                     novelty.flags(one.gray, known, size),
-                    transforms.squash(one.gray, size),
+                    network_input(transforms.as_stored(one.gray)),
                     figures.shrink(one.gray[..., 0], table.OVERLAY_HEIGHT),
                 )
             )
         outcome = predictor(np.stack([one.input for one in batch]))
         for i, one in enumerate(batch):
-            table.row(one, outcome, i, model, folder)
+            table.row(one, outcome, i, model, folder, {})
         done += len(batch)
         if done // len(batch) % 50 == 0 or done >= number:
             samples.take(done)

@@ -5,12 +5,12 @@ score says what a network can tell apart in this collection, not what COVID-19 l
 like. An image is counted by its own finding: a patient may have images of both classes.
 """
 
-import csv
+import os.path
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cxai_jax.data import splits, store
+from cxai_jax.data import splits, store, tables
 from cxai_jax.data.records import Dataset, DatasetSpec
 from cxai_jax.data.store import Plan, Source
 
@@ -80,7 +80,10 @@ def _rows(source: Path) -> tuple[list[dict], list[tuple[str, str]]]:
     table = source / "metadata.csv"
     first: dict[str, dict] = {}
     left_out = []
-    for row in csv.DictReader(store.read_list(table)):
+    found = tables.read_rows(table)
+    if not found:
+        raise ValueError(f"{table} is empty")
+    for row in found:
         for column in COLUMNS:
             if row.get(column) is None:
                 raise ValueError(
@@ -111,7 +114,11 @@ def _findings(row: dict) -> list[str]:
 
 
 def _existing(file: Path, source: Path) -> Path:
-    if not file.is_file():
+    inside = os.path.normpath(source.absolute()) + os.sep
+    if not os.path.normpath(file.absolute()).startswith(inside):
+        table = source / "metadata.csv"
+        raise ValueError(f"{table} names {file}, outside of its folder; remove the row")
+    if not os.path.isfile(file):
         raise FileNotFoundError(
             f"{source / 'metadata.csv'} names {file}, but there is no such file; "
             "restore it or remove the row"

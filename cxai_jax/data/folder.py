@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from cxai_jax.data import labels as labelled
 from cxai_jax.data import splits, store
 from cxai_jax.data.positive import positive_class
+from cxai_jax.data.reading import printable
 from cxai_jax.data.records import SPLITS, Dataset, DatasetSpec
 from cxai_jax.data.store import Plan, Source
 
@@ -68,7 +69,7 @@ def plan_folder(
     ]
     files, labels, folder_splits = zip(*found, strict=True)
     labels = np.array(labels)
-    names = [file.relative_to(source).as_posix() for file in files]
+    names = [printable(file.relative_to(source)) for file in files]
     patients = _column(source / "patients.csv", "patient", names) or {}
     given = _column(source / "splits.csv", "split", names)
     ids = [patients.get(n, "") for n in names]
@@ -93,7 +94,7 @@ def plan_folder(
             for f, n, y, s, p in rows
         ],
         left_out=[
-            (file.relative_to(source).as_posix(), "not an image by its suffix")
+            (printable(file.relative_to(source)), "not an image by its suffix")
             for folder in dict.fromkeys(file.parent for file in files)
             for file in sorted(folder.iterdir())
             if not store.is_image(file)
@@ -142,6 +143,12 @@ def _class_folders(source: Path) -> list[str]:
         for f in source.iterdir()
         if f.is_dir() and not f.name.startswith((".", "__MACOSX"))  # No classes.
     )
+    for name in folders:
+        if printable(name) != name:
+            raise ValueError(
+                f"{source}: the class folder {printable(name)} has a name that is not "
+                "UTF-8; rename it"
+            )
     deeper = [
         name
         for name in folders

@@ -7,20 +7,17 @@ is an error with a reason, never an exception that stops the others.
 import glob
 import io
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from cxai_jax.data import transforms
+from cxai_jax.data import reading, transforms
+from cxai_jax.data.reading import printable
 from cxai_jax.data.store import read_table
 
 COLOURED = 40  # Grey levels between the channels of a pixel that has a colour.
-AHEAD = 32  # Files opened before they are asked for.
 VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npy", ".npz")
 PHOTOGRAPH = 0.2  # Share of such pixels; drawn marks on a scan stay below 0.02.
 
@@ -32,6 +29,7 @@ class Found(NamedTuple):
     errors: list[tuple[str, str]]  # (path, reason)
     ignored: list[str]  # Files in folders that are no images by name and content.
     patients: dict[Path, str]  # From the patients.csv of a folder.
+    unmatched: list[tuple[str, str]]  # (row of a patients.csv, reason)
 
 
 class Slice(NamedTuple):
@@ -40,46 +38,86 @@ class Slice(NamedTuple):
     name: str  # `printable` file, with "#3" appended for the third frame.
     gray: np.ndarray  # uint8 [H, W, 1]
     patient: str  # "" where unknown.
+    notes: list[str]  # What a reader should know of how it was opened.
 
 
 def find(paths: Sequence[str]) -> Found:
     """Expands files, folders (searched to any depth) and globs, in order, once each.
 
-    A folder's patients.csv (columns file,patient; file relative to that folder) names
-    patients.
+    A folder's patients.csv (columns file,patient; file relative to that folder, or the
+    bare name if that is unique) names patients.
     """
-    files, errors, ignored, patients = {}, [], [], {}
+    found = Found([], [], [], {}, [])  # Filled by `_search`.
     for given in paths:
-        matches = [given] if Path(given).exists() else sorted(glob.glob(given))
+        matches = [given] if os.path.exists(given) else sorted(glob.glob(given))
         if not matches:
             reason = "no such file or folder; check the path"
-            errors.append((printable(given), reason))
+            found.errors.append((printable(given), reason))
         for match in map(Path, matches):
-            if not match.is_dir():
-                files[match] = None
-                continue
-            inside = sorted(match.rglob("*"))
-            # A link that leads nowhere shall become an error, not be passed over.
-            inside = [p for p in inside if p.is_file() or not p.exists()]
-            images = dict.fromkeys(p for p in inside if _looks_like_image(p))
-            ignored += [printable(p) for p in inside if p not in images]
-            files |= images
-            if not images:
-                errors.append((printable(given), "the folder holds no image files"))
-            table = match / "patients.csv"
-            if table.exists():
-                try:
-                    rows = read_table(table, "file", "patient")
-                except ValueError as error:
-                    errors.append((printable(table), str(error)))
-                    continue
-                patients |= {match / name: patient for name, patient in rows.items()}
-    return Found(list(files), errors, ignored, patients)
+            if os.path.isdir(match):
+                _search(match, found)
+            else:
+                found.files.append(match)
+    once = [list(dict.fromkeys(part)) for part in found[:3]]
+    named = set(map(printable, once[0]))
+    once[2] = [name for name in once[2] if name not in named]
+    return Found(*once, found.patients, list(dict.fromkeys(found.unmatched)))
 
 
-def printable(path: str | Path) -> str:
-    """The path as text that any file can hold: bytes that are not UTF-8 as \\xff."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def _search(folder: Path, found: Found) -> None:
+    """Adds what lies in a folder to `found`."""
+    inside, refused = _files_in(folder)
+    images = [path for path in inside if _looks_like_image(path)]
+    table = folder / "patients.csv"
+    ignored = set(inside) - {*images, table}
+    found.files.extend(images)
+    found.errors.extend(refused)
+    found.ignored.extend(printable(path) for path in inside if path in ignored)
+    if not images:
+        found.errors.append((printable(folder), "the folder holds no image files"))
+    if table not in inside:
+        return
+    try:
+        rows = read_table(table, "file", "patient")
+    except (ValueError, FileNotFoundError) as error:
+        found.errors.append((printable(table), str(error)))
+        return
+    exact, short = {}, {}
+    for path in images:
+        exact[printable(path.relative_to(folder).as_posix())] = path
+        short.setdefault(printable(path.name), []).append(path)
+    for name, patient in rows.items():
+        full = exact.get(Path(name).as_posix())
+        same = [full] if full else short.get(name, [])
+        if len(same) == 1:
+            found.patients[same[0]] = patient
+            continue
+        reason = "no such image"
+        if same:
+            other = printable(same[0].relative_to(folder))
+            reason = f"{len(same)} images have this name; write {other}"
+        found.unmatched.append((f"{printable(table)}: {name}", reason))
+
+
+def _files_in(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """The files below a folder, sorted, and the folders that were not looked into."""
+    files, refused, waiting = [], [], [folder]
+    while waiting:
+        try:
+            entries = list(os.scandir(waiting.pop()))
+        except OSError as error:
+            reason = f"cannot be listed ({error.strerror})"
+            refused.append((printable(error.filename), reason))
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(Path(entry.path))
+            elif os.path.isdir(entry.path):
+                reason = "a link to a folder, not followed; name the folder itself"
+                refused.append((printable(entry.path), reason))
+            else:  # A link that leads nowhere becomes an error when it is opened.
+                files.append(Path(entry.path))
+    return sorted(files), sorted(refused)
 
 
 def open_slices(
@@ -98,52 +136,31 @@ def open_slices(
     name = printable(path)
     if name.lower().endswith(VOLUMES):
         raise ValueError(f"{name}: a volume; save its slices as PNG or DICOM files")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{name}: cannot be opened ({error.strerror})") from None
-    frames = transforms.decode_frames(data, name, window)
-    if any(coloured_share(frame) > PHOTOGRAPH for frame in frames):
-        raise ValueError(
-            f"{name}: a colour picture, not a scan; convert it to gray if it is one"
-        )
-    patient = patient or _dicom_patient(data)
-    single = len(frames) == 1
-    return [
-        Slice(name if single else f"{name}#{i}", transforms.to_gray(frame), patient)
-        for i, frame in enumerate(frames, 1)
-    ]
-
-
-def read_ahead(
-    paths: Sequence[Path], read: Callable[[Path], list]
-) -> Iterator[tuple[Path, list | ValueError]]:
-    """Reads files with threads, a few ahead of the reader, in order.
-
-    Yields:
-      (path, what `read` returned or the ValueError that it raised).
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        queue = deque()
-        remaining = iter(paths)
-        while True:
-            for path in islice(remaining, AHEAD - len(queue)):
-                queue.append((path, pool.submit(read, path)))
-            if not queue:
-                return
-            path, future = queue.popleft()
-            try:
-                yield path, future.result()
-            except ValueError as error:
-                yield path, error
+    with reading.opened(path, transforms.memory) as data:
+        frames = transforms.decode_frames(data, name, window)
+        if any(coloured_share(frame) > PHOTOGRAPH for frame in frames):
+            raise ValueError(
+                f"{name}: a colour picture, not a scan; convert it to gray if it is one"
+            )
+        patient = patient or _dicom_patient(data)
+        single = len(frames) == 1
+        notes = ["first frame of several"] if transforms.is_animated(data) else []
+        return [
+            Slice(
+                name if single else f"{name}#{i}",
+                transforms.to_gray(frame),
+                patient,
+                notes,
+            )
+            for i, frame in enumerate(frames, 1)
+        ]
 
 
 def coloured_share(frame: np.ndarray) -> float:
     """Share of pixels with a colour: uint8 [H, W] or [H, W, 3] -> 0..1."""
     if frame.ndim == 2:
         return 0.0
-    spread = frame.max(2).astype(int) - frame.min(2)
-    return float((spread > COLOURED).mean())
+    return float((frame.max(2) - frame.min(2) > COLOURED).mean())
 
 
 def _looks_like_image(path: Path) -> bool:
@@ -152,6 +169,8 @@ def _looks_like_image(path: Path) -> bool:
         return False
     if name.endswith(transforms.SUFFIXES + VOLUMES):  # Volumes become errors.
         return True
+    if not os.path.isfile(path):  # A FIFO would never end.
+        return False
     try:  # Scanners name DICOM files by number, without a suffix.
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"

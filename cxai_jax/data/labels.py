@@ -6,11 +6,12 @@ mark, lines ended as on any system.
 """
 
 import csv
+import io
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from cxai_jax.data import splits, store
+from cxai_jax.data import reading, splits, store
 from cxai_jax.data.positive import positive_class
 from cxai_jax.data.records import SPLITS
 from cxai_jax.data.store import Plan, Source
@@ -66,7 +67,7 @@ def plan_labels(source: Path, name: str, positive: str = "", split: str = "") ->
             for row, label, part in zip(rows, labels, chosen, strict=True)
         ],
         left_out=[
-            (file.relative_to(source).as_posix(), f"not in {TABLE}")
+            (reading.printable(file.relative_to(source)), f"not in {TABLE}")
             for file in sorted(source.rglob("*"))
             if store.is_image(file)
             and file.relative_to(source).as_posix() not in listed
@@ -76,17 +77,19 @@ def plan_labels(source: Path, name: str, positive: str = "", split: str = "") ->
 
 def read_rows(table: Path) -> list[dict[str, str]]:
     """The rows, each cell stripped and checked; errors as in `plan_labels`."""
-    with open(table, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        columns = [(c or "").strip() for c in reader.fieldnames or ()]
-        if missing := [c for c in NEEDED if c not in columns]:
-            raise ValueError(
-                f"{table} has no column {missing[0]!r}; expected the header "
-                f"{','.join(NEEDED)}[,{','.join(OPTIONAL)}]"
-            )
-        reader.fieldnames = columns
-        kept = [c for c in (*NEEDED, *OPTIONAL) if c in columns]
+    reader = csv.DictReader(io.StringIO(reading.read_text(table), newline=""))
+    columns = [(c or "").strip() for c in reader.fieldnames or ()]
+    if missing := [c for c in NEEDED if c not in columns]:
+        raise ValueError(
+            f"{table} has no column {missing[0]!r}; expected the header "
+            f"{','.join(NEEDED)}[,{','.join(OPTIONAL)}]"
+        )
+    reader.fieldnames = columns
+    kept = [c for c in (*NEEDED, *OPTIONAL) if c in columns]
+    try:
         rows = [{c: (row[c] or "").strip() for c in kept} for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{table}, after line {reader.line_num}: {error}") from None
     if not rows:
         raise ValueError(f"{table} lists no image")
     seen = set()

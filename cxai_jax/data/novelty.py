@@ -5,7 +5,6 @@ images that were trained on or lie outside the training ranges. The hash survive
 scaling, as the original of a training image is rarely of the size that was stored.
 """
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from cxai_jax.data.records import Records
+from cxai_jax.writer import read_json
 
 FILE = "training_images.json"
 SIDE = 16  # Rows and columns of the difference hash: 256 bits.
@@ -39,10 +39,13 @@ FLAGS = {
 
 def statistics(image: np.ndarray) -> dict[str, float]:
     """Width / height, and the mean and standard deviation of uint8 [H, W, 1]."""
+    share = np.array(Image.fromarray(image[..., 0]).histogram()) / image.size
+    levels = np.arange(256)
+    mean = share @ levels
     return {
         "aspect": image.shape[1] / image.shape[0],
-        "brightness": float(image.mean()),
-        "contrast": float(image.std()),
+        "brightness": float(mean),
+        "contrast": float(np.sqrt(share @ (levels - mean) ** 2)),
     }
 
 
@@ -104,16 +107,23 @@ def load(workdir: Path) -> dict:
 
     Raises:
       FileNotFoundError: if the run did not write it.
-      ValueError: if an earlier version wrote it.
+      ValueError: if an earlier version wrote it, or it is damaged.
     """
     path, again = workdir / FILE, "score the run again with --mode=eval to write it"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; {again}")
-    known = json.loads(path.read_text())
+    known = read_json(path)
     if "difference_hashes" not in known:
         raise ValueError(f"{path} is of an earlier version; {again}")
-    packed = bytes.fromhex("".join(known["difference_hashes"]))
-    hashes = np.frombuffer(packed, np.uint8).reshape(-1, SIDE * SIDE // 8)
+    try:
+        packed = bytes.fromhex("".join(known["difference_hashes"]))
+        hashes = np.frombuffer(packed, np.uint8).reshape(-1, SIDE * SIDE // 8)
+        for name in FLAGS:
+            low, high = known["ranges"][name]
+            if not float(low) <= float(high):
+                raise ValueError(f"{name} reaches from {low} to {high}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); {again}") from None
     return known | {"difference_hashes": hashes}
 
 

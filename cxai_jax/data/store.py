@@ -12,29 +12,23 @@ import csv
 import functools
 import io
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from cxai_jax.data import leakage, transforms
-from cxai_jax.data.records import (
-    SPLITS,
-    Dataset,
-    Mapped,
-    Records,
-    fingerprint,
-)
+from cxai_jax.data import leakage, reading, tables, transforms
+from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
+from cxai_jax.writer import read_json
 
 VERSION = "1.0.0"
-CHUNK = 64  # Images decoded ahead.
 COLUMNS = ("split", "name", "label", "site", "patient")
+SUMMARY = ("name", "counts", "class_names", "site_names", "positive", "split_scheme")
+SUMMARY += ("fingerprint", "leakage")
 
 
 @dataclass(frozen=True)
@@ -171,11 +165,9 @@ def read_list(file: str | Path) -> list[str]:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is empty.
+      ValueError: if it is empty or no UTF-8 text.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    text = Path(file).read_text(encoding="utf-8-sig")
+    text = reading.read_text(file)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{file} is empty")
@@ -187,12 +179,9 @@ def read_table(file: str | Path, key: str, value: str) -> dict[str, str]:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if a column is missing or a key occurs twice.
+      ValueError: if it is no CSV, a column is missing or a key occurs twice.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = tables.read_rows(file)
     for column in (key, value):
         if not rows or column not in rows[0]:
             raise ValueError(
@@ -249,20 +238,21 @@ def build(
     def examples(split):
         sources = [s for s in plan.sources if s.split == split]
         before = len(rows)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(sources), CHUNK):
-                chunk = sources[start : start + CHUNK]
-                for source, result in zip(chunk, pool.map(encode, chunk), strict=True):
-                    seen[0] += 1
-                    progress(seen[0], len(plan.sources))
-                    if isinstance(result, ValueError):
-                        if not skip_bad:
-                            raise ValueError(f"{result}; or pass --skip_bad")
-                        skipped.append([source.name, str(result)])
-                        continue
-                    example, *digests = result
-                    rows.append((source, *digests))
-                    yield len(rows), example
+        for source, result in reading.read_ahead(sources, encode):
+            seen[0] += 1
+            progress(seen[0], len(plan.sources))
+            if isinstance(result, ValueError):
+                name = reading.printable(source.file)
+                result = f"{name}: {str(result).removeprefix(f'{name}: ')}"
+                if not skip_bad:
+                    raise ValueError(f"{result}; or pass --skip_bad")
+                skipped.append([source.name, result])
+                continue
+            example, animated, *digests = result
+            if animated:
+                skipped.append([source.name, "all frames but the first"])
+            rows.append((source, *digests))
+            yield len(rows), example
         if len(rows) == before:
             raise ValueError(f"no image of the split {split!r} can be read: {result}")
 
@@ -325,10 +315,14 @@ def load(
             f"--data_dir={data_dir}, or set config.data.data_dir and config.data.split "
             "to what it wrote"
         )
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    with open(directory / "index.csv", encoding="utf-8", newline="") as file:
-        index = list(csv.DictReader(file))
-    builder = tfds.builder_from_directory(directory)
+    summary = read_json(directory / "summary.json", *SUMMARY)
+    index = _read_index(directory / "index.csv")
+    try:
+        builder = tfds.builder_from_directory(directory)
+    except Exception as error:  # TFDS and protobuf raise what they like.
+        raise ValueError(
+            f"{directory} is damaged ({error}); prepare the data set again"
+        ) from None
     with_masks = "lung_mask" in builder.info.features
     splits = {}
     for key in summary["counts"]:
@@ -400,20 +394,18 @@ def _check_kept(plan: Plan, counts: dict[str, dict[str, int]]) -> None:
 
 def _encode(
     source: Source, *, channels: int, side: int | None, with_mask: bool
-) -> tuple | ValueError:
-    """(example, file digest, pixel digest, thumbnail) of one image, or its error."""
-    try:
-        data = source.file.read_bytes()
-        decode = transforms.decode_gray if channels == 1 else transforms.decode_colour
-        image = decode(data, str(source.file))
+) -> tuple:
+    """(example, is animated, file digest, pixel digest, thumbnail) of one image."""
+    decode = transforms.decode_gray if channels == 1 else transforms.decode_colour
+    with reading.opened(source.file, transforms.memory) as data:
+        image = decode(data, reading.printable(source.file))
+        shape = image.shape
+        animated, digest = transforms.is_animated(data), leakage.digest(data)
         stored = transforms.as_stored(image, side)
-        mask = _encode_mask(source, image, stored, side) if with_mask else None
-    except OSError as error:
-        return ValueError(f"{error.filename}: cannot be read ({error.strerror})")
-    except ValueError as error:
-        return error
+        png = transforms.encode_png(stored)
+    mask = _encode_mask(source, shape, stored, side) if with_mask else None
     example = {
-        "image": io.BytesIO(transforms.encode_png(stored)),
+        "image": io.BytesIO(png),
         "label": source.label,
         "site": source.site,
         "patient": source.patient,
@@ -423,14 +415,15 @@ def _encode(
         example["lung_mask"] = mask
     return (
         example,
-        leakage.digest(data),
+        animated,
+        digest,
         leakage.pixel_digest(stored),
         leakage.thumbnail(stored),
     )
 
 
 def _encode_mask(
-    source: Source, image: np.ndarray, stored: np.ndarray, side: int | None
+    source: Source, shape: tuple[int, ...], stored: np.ndarray, side: int | None
 ) -> bytes:
     if source.lung_mask is None:
         return b""
@@ -440,7 +433,7 @@ def _encode_mask(
     if scaled.shape[:2] != stored.shape[:2]:
         raise ValueError(
             f"{source.lung_mask} has {mask.shape[0]} x {mask.shape[1]} pixels but its "
-            f"image {source.file} has {image.shape[0]} x {image.shape[1]}: another "
+            f"image {source.file} has {shape[0]} x {shape[1]}: another "
             "aspect; draw the mask on the image"
         )
     return transforms.encode_png(scaled)
@@ -486,4 +479,19 @@ def _write_index(file: Path, sources: list[Source]) -> None:
     with open(file, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(COLUMNS)
-        writer.writerows([getattr(s, column) for column in COLUMNS] for s in sources)
+        for source in sources:
+            cells = (str(getattr(source, column)) for column in COLUMNS)
+            writer.writerow(map(tables.guarded, cells))
+
+
+def _read_index(file: Path) -> list[dict[str, str]]:
+    index = []
+    for row in tables.read_rows(file):
+        cells = [row.get(column) for column in COLUMNS]
+        numbers = (row.get("label"), row.get("site"))
+        if None in cells or not all(map(str.isdecimal, numbers)):
+            raise ValueError(
+                f"{file} is damaged in row {len(index) + 1}; prepare the data set again"
+            )
+        index.append(dict(zip(COLUMNS, map(tables.unguarded, cells), strict=True)))
+    return index

@@ -4,15 +4,27 @@ All resizing is Pillow's antialiased bilinear filter. Nothing here knows a data 
 """
 
 import io
+import math
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
+from cxai_jax.data import reading
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".dcm")
+# Pillow hands some other formats, such as EPS, to external programs.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
+Image.MAX_IMAGE_PIXELS = reading.MAX_PIXELS
 STORED_SIDE = 256  # Pixels; the published random crop of 224 needs the margin.
 MAX_ASPECT = 2.0  # Longer images are squashed, so that canvases stay bounded.
 PNG_LEVEL = 3  # Half the time of Pillow's 6 for 10 % more bytes.
+# Peak while a large image is opened, as tests/faults/test_bad_input.py measures it.
+BYTES_PER_PIXEL = 9
+HEAVY = 18  # WebP and progressive JPEG: the decoder keeps the whole picture as well.
+STRIP = 1 << 20  # Pixels that are computed with at a time.
 LUNG_WINDOW = (-600.0, 1500.0)  # Hounsfield units: centre, width.
 
 
@@ -31,9 +43,33 @@ def open_gray(path: str | Path) -> np.ndarray:
       ValueError: if the file is empty, truncated, no image, or holds several frames.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    return decode_gray(path.read_bytes(), str(path))
+    with reading.opened(path, memory) as data:
+        return decode_gray(data, reading.printable(path))
+
+
+def memory(data: bytes) -> int:
+    """Bytes that opening an image file takes at its peak, by what its header declares.
+
+    Raises:
+      ValueError: for more than 100 megapixels, or a side beyond 65,535 pixels.
+    """
+    try:
+        if data[128:132] == b"DICM":
+            return _dicom_memory(data)
+        image = _open(data)
+    except (ModuleNotFoundError, Image.UnidentifiedImageError):
+        return len(data)  # `decode_frames` says what is missing or wrong.
+    _check_pixels(*image.size)
+    progressive = "progressive" in image.info or "progression" in image.info
+    heavy = image.format == "WEBP" or progressive
+    return len(data) + (HEAVY if heavy else BYTES_PER_PIXEL) * math.prod(image.size)
+
+
+def is_animated(data: bytes) -> bool:
+    """Whether a file is a GIF of several pictures, of which the first alone is read."""
+    return data[:3] == b"GIF" and _open(data).is_animated
 
 
 def decode_gray(data: bytes, name: str) -> np.ndarray:
@@ -43,7 +79,8 @@ def decode_gray(data: bytes, name: str) -> np.ndarray:
 
 def decode_colour(data: bytes, name: str) -> np.ndarray:
     """As `decode_gray`, uint8 [H, W, 3]; a gray file has three equal channels."""
-    return np.asarray(Image.fromarray(_single_frame(data, name)).convert("RGB"))
+    frame = _single_frame(data, name)
+    return frame if frame.ndim == 3 else np.repeat(frame[..., None], 3, axis=-1)
 
 
 def decode_frames(
@@ -150,7 +187,7 @@ def decode_png(data: bytes) -> np.ndarray:
     Raises:
       ValueError: if it is neither an 8-bit gray nor an 8-bit colour image.
     """
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=("PNG",))
     if image.mode not in ("L", "RGB"):
         raise ValueError(
             f"the stored image has mode {image.mode}, expected L (gray) or RGB"
@@ -168,44 +205,137 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return resized[..., None] if gray else resized
 
 
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _check_pixels(width: int, height: int, count: int = 1) -> None:
+    total = width * height * count
+    if total > reading.MAX_PIXELS or max(width, height) > reading.MAX_SIDE:
+        raise ValueError(
+            f"{width} x {height} pixels{f' x {count}' if count > 1 else ''}, at most "
+            f"{reading.MAX_PIXELS // 10**6} megapixels and {reading.MAX_SIDE} a side "
+            "are opened; scale it down"
+        )
+
+
+def _strips(height: int, width: int) -> list[slice]:
+    """Rows of an image, some at a time: a float64 copy of a large one is too large."""
+    rows = max(1, STRIP // max(width, 1))
+    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+
 def _decode_pillow(data: bytes) -> np.ndarray:
-    image = Image.open(io.BytesIO(data))
-    # A JPEG with an embedded preview (MPO) counts as two frames.
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+    image = _open(data)
+    _check_pixels(*image.size)
+    # A JPEG with an embedded preview (MPO) counts as two frames; of a GIF the first
+    # frame is taken (`is_animated`).
+    if image.format not in ("MPO", "GIF") and getattr(image, "n_frames", 1) > 1:
         raise ValueError(f"it holds {image.n_frames} frames; save one file per slice")
     image.load()
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    width, height = image.size
+    rows = _strips(height, width)
+
+    def strip(part: slice) -> Image.Image:
+        return image.crop((0, part.start, width, part.stop))
+
     if image.mode.startswith(("I", "F")):
-        return _to_uint8(np.asarray(image))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image)
-    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+        return _to_uint8(lambda part: np.asarray(strip(part)), rows, (height, width))
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    gray = image.mode in ("1", "L") and not transparent
+    pixels = np.empty((height, width) if gray else (height, width, 3), np.uint8)
+    for part in rows:
+        piece = strip(part)
+        if transparent:
+            piece = piece.convert("RGBA")
+            black = Image.new("RGBA", piece.size, (0, 0, 0, 255))
+            piece = Image.alpha_composite(black, piece)
+        pixels[part] = piece.convert("L" if gray else "RGB")
+    return pixels
 
 
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind in "iu" and values.min() >= 0:
-        full = next((b for b in (8, 12, 16) if values.max() < 2**b), 32)
-        return _stretch(values, 0, 2**full - 1)
-    return _stretch(values, np.nanmin(values), np.nanmax(values))
+def _to_uint8(
+    values: Callable[[slice], np.ndarray], rows: list[slice], shape: tuple[int, int]
+) -> np.ndarray:
+    """Numbers of any kind to the full scale of 8 bits, see `open_gray`."""
+    low, high = _extent(values, rows)
+    if values(rows[0]).dtype.kind in "iu" and low >= 0:
+        full = next((b for b in (8, 12, 16) if high < 2**b), 32)
+        low, high = 0, 2**full - 1
+    return _stretched(values, rows, shape, low, high)
 
 
-def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """[low, high] -> [0, 255], clipped; a constant image is black, NaN too."""
-    scaled = (values.astype(np.float64) - low) / max(high - low, 1e-12)
-    return np.round(255 * np.clip(np.nan_to_num(scaled), 0, 1)).astype(np.uint8)
+def _extent(values, rows: list[slice]) -> tuple[float, float]:
+    """Smallest and largest of the values, which must be finite."""
+    low, high, bad = np.inf, -np.inf, 0
+    for part in rows:
+        piece = values(part)
+        bad += piece.size - np.count_nonzero(np.isfinite(piece))
+        low, high = min(low, piece.min()), max(high, piece.max())
+    if bad:
+        raise ValueError(f"{bad} pixels are not finite (NaN or infinite)")
+    if not np.isfinite(float(high) - float(low)):
+        raise ValueError(f"its pixels reach from {low:g} to {high:g}: too far apart")
+    return low, high
+
+
+def _stretched(values, rows, shape, low: float, high: float) -> np.ndarray:
+    """[low, high] -> [0, 255], clipped, strip by strip; a constant image is black."""
+    pixels = np.empty(shape, np.uint8)
+    for part in rows:
+        scaled = (values(part).astype(np.float64) - low) / max(high - low, 1e-12)
+        pixels[part] = np.round(255 * np.clip(scaled, 0, 1))
+    return pixels
+
+
+def _dicom_memory(data: bytes) -> int:
+    """Bytes to open a DICOM file, after its deflated part was measured."""
+    import pydicom
+    from pydicom.filereader import read_dataset
+
+    file = io.BytesIO(data)
+    file.seek(132)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+    size = len(data)
+    if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+        size += 2 * _inflated_size(data[file.tell() :])
+    header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+    width, height = (int(header.get(k) or 0) for k in ("Columns", "Rows"))
+    samples, frames = (
+        int(header.get(k) or 1) for k in ("SamplesPerPixel", "NumberOfFrames")
+    )
+    _check_pixels(width, height, samples * frames)
+    depth = max(1, int(header.get("BitsAllocated") or 16) // 8)
+    # The pixels of the file, all frames decoded, one of them in float32, all in uint8.
+    several = width * height * samples * frames * (depth + 1)
+    palette = header.get("PhotometricInterpretation") == "PALETTE COLOR"
+    colour = 8 if samples > 1 or palette else 2
+    return 2 * size + several + width * height * samples * colour * depth
+
+
+def _inflated_size(data: bytes) -> int:
+    inflate, size, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, data
+    while rest and not inflate.eof:
+        size += len(inflate.decompress(rest, STRIP))
+        rest = inflate.unconsumed_tail
+        if size > reading.MAX_BYTES:
+            raise ValueError(
+                f"it inflates to more than {reading.MAX_BYTES / 1e9:g} GB; refused"
+            )
+    return size
 
 
 def _decode_dicom(data: bytes, window: tuple[float, float] | None) -> list[np.ndarray]:
     import pydicom  # The optional extra `dicom`.
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, iter_pixels
 
     header = pydicom.dcmread(io.BytesIO(data))
     if not any(f"{kind}PixelData" in header for kind in ("", "Float", "DoubleFloat")):
         raise ValueError("a DICOM file without pixels, such as a report or a plan")
+    _check_codestreams(header)
     try:
-        pixels, bits = pixel_array(header), int(header.BitsStored)
+        frames = list(iter_pixels(header, allow_excess_frames=False))
     except RuntimeError as error:
         if "missing dependencies" not in str(error):
             raise
@@ -213,23 +343,25 @@ def _decode_dicom(data: bytes, window: tuple[float, float] | None) -> list[np.nd
             f"no decoder is installed for {header.file_meta.TransferSyntaxUID.name}; "
             "pip install pylibjpeg pylibjpeg-libjpeg, or decompress the file"
         ) from None
+    bits = int(header.BitsStored)
     if header.PhotometricInterpretation == "PALETTE COLOR":
-        pixels = apply_color_lut(pixels, header)
-        bits = 8 * pixels.itemsize
-    several = int(header.get("NumberOfFrames") or 1) > 1
-    frames = list(pixels) if several else [pixels]
+        frames = [apply_color_lut(frame, header) for frame in frames]
+        bits = 8 * frames[0].itemsize
     if frames[0].ndim == 3:
         return [(frame >> max(0, bits - 8)).astype(np.uint8) for frame in frames]
-    values = [
-        np.asarray(
-            apply_modality_lut(frame, _of_frame(header, i, "PixelValueTransformation")),
-            np.float64,
+    shape = frames[0].shape
+    rows = _strips(*shape)
+
+    def values_of(i):
+        lut = _of_frame(header, i, "PixelValueTransformation")
+        return lambda part: np.asarray(
+            apply_modality_lut(frames[i][part], lut), np.float64
         )
-        for i, frame in enumerate(frames)
-    ]
-    low, high = min(v.min() for v in values), max(v.max() for v in values)
+
+    extents = [_extent(values_of(i), rows) for i in range(len(frames))]
+    low, high = min(e[0] for e in extents), max(e[1] for e in extents)
     grays = []
-    for i, frame in enumerate(values):
+    for i in range(len(frames)):
         voi = _of_frame(header, i, "FrameVOILUT")
         if window:
             centre, width = window
@@ -242,9 +374,38 @@ def _decode_dicom(data: bytes, window: tuple[float, float] | None) -> list[np.nd
             centre, width = LUNG_WINDOW
         else:
             centre, width = (low + high) / 2, high - low
-        grays.append(_stretch(frame, centre - width / 2, centre + width / 2))
+        if not (np.isfinite(centre) and 0 <= width < np.inf):
+            raise ValueError(f"its window, centre {centre:g}, width {width:g}, is none")
+        ends = centre - width / 2, centre + width / 2
+        grays.append(_stretched(values_of(i), rows, shape, *ends))
     inverted = header.PhotometricInterpretation == "MONOCHROME1"
     return [255 - gray for gray in grays] if inverted else grays
+
+
+def _check_codestreams(header) -> None:
+    """Compressed frames must be of the size that the header declares and was checked.
+
+    Only Pillow's codecs unfold a frame to the size that the frame itself claims.
+    """
+    from pydicom import uid
+    from pydicom.encaps import generate_frames
+
+    by_pillow = {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit}
+    by_pillow |= {uid.JPEG2000Lossless, uid.JPEG2000}
+    if header.file_meta.TransferSyntaxUID not in by_pillow or "PixelData" not in header:
+        return
+    count = int(header.get("NumberOfFrames") or 1)
+    declared = int(header.Columns), int(header.Rows)
+    for frame in generate_frames(header.PixelData, number_of_frames=count):
+        try:
+            own = Image.open(io.BytesIO(frame), formats=("JPEG", "JPEG2000")).size
+        except Image.UnidentifiedImageError:
+            continue
+        if own != declared:
+            raise ValueError(
+                f"a frame of {own[0]} x {own[1]} pixels where its header says "
+                f"{declared[0]} x {declared[1]}"
+            )
 
 
 def _of_frame(header, index: int, macro: str):

@@ -18,7 +18,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from cxai_jax.config import read_config
 from cxai_jax.data import novelty
 from cxai_jax.inference import card
-from cxai_jax.inference.predictor import Trained, assemble, empty_network, load
+from cxai_jax.inference.predictor import (
+    Trained,
+    assemble,
+    empty_network,
+    load,
+    names_of,
+)
 from cxai_jax.types import PyTree
 from cxai_jax.writer import write_json
 
@@ -89,10 +95,11 @@ def read(folder: Path) -> Trained:
     check(folder)
     config = read_config(folder)
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    network = empty_network(config, about["data"])
+    names = names_of(about["data"], folder / ABOUT)
+    network = empty_network(config, *names[:2])
     variables = unflatten_dict(load_file(folder / WEIGHTS), sep="/")
     check_fit(folder, variables, network.variables)
-    return assemble(config, about["data"], network, variables, about["step"])
+    return assemble(config, names, network, variables, about["step"])
 
 
 def check(folder: Path) -> None:

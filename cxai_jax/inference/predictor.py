@@ -1,7 +1,6 @@
 """A finished run, loaded from its workdir without its data, and put to use."""
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from cxai_jax.voting.forward import (
     make_voting_step,
     prefix_crops,
 )
+from cxai_jax.writer import read_json
 
 
 class Trained(NamedTuple):
@@ -49,7 +49,7 @@ def load(workdir: Path) -> Trained:
 
     Raises:
       FileNotFoundError: if the workdir holds no run, no results or no checkpoint.
-      ValueError: if no checkpoint can be restored.
+      ValueError: if no checkpoint can be restored, or a file is damaged.
     """
     config = read_config(workdir)
     results = workdir / "results.json"
@@ -58,9 +58,13 @@ def load(workdir: Path) -> Trained:
             f"{results} does not exist: the run is not finished; continue it, or score "
             "its last checkpoint with --mode=eval"
         )
-    data = json.loads(results.read_text())["data"]
-    network = empty_network(config, data)
-    method = make_method(config, network, total_steps=1)
+    data = read_json(results, "data")["data"]
+    try:
+        network = empty_network(config, *names_of(data, results)[:2])
+        method = make_method(config, network, total_steps=1)
+    except (AttributeError, KeyError, TypeError) as error:
+        path = workdir / "config.json"
+        raise ValueError(f"{path} does not describe a network: {error}") from error
     template = jax.eval_shape(method.init, jax.random.key(0), network.variables)
     kind = "best" if config.train.selection == "best_val" else "latest"
     checkpoints = Checkpoints(workdir)
@@ -73,41 +77,60 @@ def load(workdir: Path) -> Trained:
     state, step, about = restored
     # Of the run that trained, whoever scored it since.
     data = about.get("data", {}).get("", data)
-    return assemble(config, data, network, method.scored(state), step)
+    return assemble(
+        config, names_of(data, results), network, method.scored(state), step
+    )
 
 
-def empty_network(config: ConfigDict, data: dict) -> Network:
-    """The network of a run without weights; its variables are shapes.
-
-    Args:
-      config: the run's.
-      data: with the class_names and site_names that it was trained on.
-    """
+def empty_network(
+    config: ConfigDict, class_names: Sequence[str], site_names: Sequence[str]
+) -> Network:
+    """The network of a run without weights: its variables are shapes."""
     # Pretrained weights will be replaced, so they need not be found again.
     fresh = config.copy_and_resolve_references()
     fresh.model.pretrained = ""
     return build_network(
-        fresh,
-        len(data["class_names"]),
-        num_sites=len(data["site_names"]),
-        abstract=True,
+        fresh, len(class_names), num_sites=len(site_names), abstract=True
     )
 
 
 def assemble(
-    config: ConfigDict, data: dict, network: Network, variables: PyTree, step: int
+    config: ConfigDict,
+    names: tuple[list[str], list[str], int],
+    network: Network,
+    variables: PyTree,
+    step: int,
 ) -> Trained:
-    """A trained model from its parts; `data` names classes, sites and positive."""
+    """A trained model from its parts; `names` of classes and sites, and positive."""
+    class_names, site_names, positive = names
     return Trained(
         config=config,
-        class_names=data["class_names"],
-        site_names=data["site_names"],
-        positive=data["class_names"].index(data["positive"]),
+        class_names=class_names,
+        site_names=site_names,
+        positive=positive,
         model=network.model,
         scale=network.scale,
         variables=variables,
         step=step,
     )
+
+
+def names_of(data, results: Path) -> tuple[list[str], list[str], int]:
+    """Names of the classes and sites of a run's data; the positive class' index."""
+    found = data if isinstance(data, dict) else {}
+    classes, sites = found.get("class_names"), found.get("site_names")
+    for what, names in (("classes", classes), ("sites", sites)):
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError(
+                f"{results} is damaged: its {what} are {names!r}; score the run again "
+                "with --mode=eval to write it"
+            )
+    if found.get("positive") not in classes:
+        raise ValueError(
+            f"{results} is damaged: its positive class is {found.get('positive')!r}; "
+            "score the run again with --mode=eval to write it"
+        )
+    return classes, sites, classes.index(found["positive"])
 
 
 def chosen_sites(trained: Trained, wanted: str) -> dict[str, int]:

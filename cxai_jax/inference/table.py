@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from cxai_jax import disk
+from cxai_jax.data import tables
 from cxai_jax.inference.predictor import Predicted, Trained
 from cxai_jax.report import figures, page
 from cxai_jax.report.pages import prediction_report
@@ -52,27 +53,23 @@ class Table:
         keep: Sequence[dict],
         site_names: Sequence[str] = (),
     ):
-        columns = ["file", "patient", "probability", "label_before", "label"]
-        columns += ["opposing_votes", "votes_cast", "flags", "overlay"]
-        # Last of all, so that a row cut short by a crash is seen to lack it.
-        answers = [f"p_{name}" for name in class_names]
-        columns += answers
-        columns += [f"{n}@{site}" for site in site_names for n in ["label", *answers]]
-        columns += ["error"]
+        columns = _columns(class_names, site_names)
         self.rows = list(keep)
         temporary = path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        # A DICOM file may name a patient with what is no character.
+        text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        with temporary.open("w", **text) as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(keep)
+            writer.writerows(map(tables.guarded_row, keep))
         temporary.replace(path)
-        self._file = path.open("a", newline="", encoding="utf-8")
+        self._file = path.open("a", **text)
         self._writer = csv.DictWriter(self._file, columns)
 
     def add(self, rows: Sequence[dict]) -> None:
         """Appends rows to the file at once; missing columns stay empty."""
         rows = [{"error": "", **row} for row in rows]
-        self._writer.writerows(rows)
+        self._writer.writerows(map(tables.guarded_row, rows))
         self._file.flush()
         self.rows += [row for row in rows if not row["error"]]
 
@@ -80,10 +77,43 @@ class Table:
         self._file.close()
 
 
-def read(path: Path) -> list[dict]:
-    """The complete rows of a predictions.csv; rows with an error are left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["error"] == ""]
+def _columns(class_names: Sequence[str], site_names: Sequence[str]) -> list[str]:
+    columns = ["file", "patient", "probability", "label_before", "label"]
+    columns += ["opposing_votes", "votes_cast", "flags", "overlay"]
+    answers = [f"p_{name}" for name in class_names]
+    columns += answers
+    columns += [f"{n}@{site}" for site in site_names for n in ["label", *answers]]
+    # Last of all, so that a row cut short by a crash is seen to lack it.
+    return [*columns, "error"]
+
+
+def read(
+    path: Path, class_names: Sequence[str], site_names: Sequence[str] = ()
+) -> list[dict]:
+    """The complete rows of a predictions.csv; rows with an error are left out.
+
+    Raises:
+      ValueError: if it is no such table.
+    """
+    rows, columns = [], _columns(class_names, site_names)
+    for number, row in enumerate(tables.read_rows(path), 1):
+        if row.get("error", "damaged") != "":
+            continue
+        try:
+            if list(row) != columns:
+                raise ValueError(f"expected the columns {', '.join(columns)}")
+            row = {column: tables.unguarded(cell) for column, cell in row.items()}
+            for column, cell in row.items():
+                if column.startswith(("probability", "p_")):
+                    float(cell)
+                elif column.startswith("label"):
+                    class_names.index(cell)
+            if row["votes_cast"] or row["opposing_votes"]:
+                int(row["votes_cast"]), int(row["opposing_votes"])
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged in row {number}: {error}") from None
+        rows.append(row)
+    return rows
 
 
 def overlay_name(name: str) -> str:
@@ -153,7 +183,7 @@ def report_rows(
 
     def picture(row: dict) -> bytes:
         try:
-            with Image.open(folder / row["overlay"]) as panel:
+            with Image.open(folder / row["overlay"], formats=("PNG",)) as panel:
                 pixels = figures.shrink(np.asarray(panel), height)
                 return figures.encode(pixels, "JPEG")
         except OSError:
@@ -218,14 +248,16 @@ def finish(
     class_names: Sequence[str],
     positive: int,
     about: dict,
+    counts: dict[str, int],
 ) -> None:
     """Writes report.html and, if any patient is known, patients.csv."""
     patients = by_patient(rows, class_names, positive)
     if patients:
-        with (out / "patients.csv").open("w", newline="", encoding="utf-8") as file:
+        text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        with (out / "patients.csv").open("w", **text) as file:
             writer = csv.writer(file)
             writer.writerow(Patient._fields)
-            writer.writerows(patients)
+            writer.writerows(map(tables.guarded, map(str, one)) for one in patients)
     html = prediction_report(
         report_rows(rows, out, class_names[positive] if class_names else ""),
         errors,
@@ -233,5 +265,6 @@ def finish(
         positive=positive,
         patients=patients,
         about=about,
+        counts=counts,
     )
     disk.write(out / "report.html", html)

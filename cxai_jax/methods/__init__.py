@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import optax
 
-from cxai_jax.methods import cycada, dann, dranet, guided, target_statistics
+from cxai_jax.methods import cycada, dann, dranet, guided, ms_net, target_statistics
 from cxai_jax.methods.method import Method, Network
 
 # Name -> make(config, network, optimizer, *, total_steps, groups) -> Method.
@@ -18,6 +18,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "dann": dann.make,
     "cycada": cycada.make,
     "dranet": dranet.make,
+    "ms_net": ms_net.make,
 }
 
 

@@ -20,6 +20,7 @@ class Network(NamedTuple):
     variables: PyTree
     scale: Scale
     pretrained: dict = {}  # What was loaded; {} when training starts from scratch.
+    num_sites: int = 0  # S, sites of the data.
 
 
 class Method(NamedTuple):

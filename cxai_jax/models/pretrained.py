@@ -4,27 +4,19 @@ Loading is strict both ways: a tensor of the file that no rule places, a variabl
 no tensor fills and a shape that differs are errors, all listed at once. Two things may
 differ by rule: torch's `num_batches_tracked` is ignored, and a classifier of another
 class count (or for an mlp head) is left out, so that the head starts afresh.
-
-A torch checkpoint is a pickle, which can run any code when it is read. `read_torch`
-therefore has its own reader, which knows tensors and plain containers and refuses
-everything else; torch is not needed.
 """
 
-import collections
 import importlib.util
-import io
 import math
-import pickle
 import re
-import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cxai_jax import models
+from cxai_jax.models import weight_files
 from cxai_jax.types import PyTree
 
 # Name -> (package that carries the weights, file in its folder "models").
@@ -39,6 +31,9 @@ SOURCES = (
     f"{', '.join(PACKAGED)}, a file (.npz, .safetensors, .pth, .pt, .pth.tar) or a hub "
     "id such as timm/resnet50.tv_in1k"
 )
+# Of the model's own bytes: float64 and another classifier, or an optimiser.
+MULTIPLE = 4
+SLACK = 2**24  # Bytes that any file may have.
 IGNORED = re.compile(r"(.*\.)?num_batches_tracked")
 _STATISTICS = {"running_mean": "mean", "running_var": "var"}
 # Leaves of a norm: where each site has its own, the weights fill every copy.
@@ -73,7 +68,9 @@ def load_pretrained(
             f"config.model.pretrained is {spec!r}, but {model_name} has no pretrained "
             f"weights; known: {', '.join(with_weights())}"
         )
-    tensors = read_tensors(spec)
+    leaves = flatten_dict(variables).values()
+    size = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves)
+    tensors = read_tensors(spec, MULTIPLE * size + SLACK)
     try:
         variables, summary = fill(tensors, model_name, variables)
     except ValueError as error:
@@ -182,14 +179,16 @@ def _is_other_classifier(placed: dict, flat: dict) -> bool:
 # --- reading --------------------------------------------------------------------------
 
 
-def read_tensors(spec: str) -> dict[str, np.ndarray]:
+def read_tensors(spec: str, most: int = weight_files.MOST) -> dict[str, np.ndarray]:
     """Reads name -> tensor, names as in the source; see `load_pretrained` for `spec`.
+
+    A file that is larger than `most` bytes, or unfolds to more, is refused.
 
     Raises:
       FileNotFoundError, ValueError, ImportError: as in `load_pretrained`.
     """
     if spec in PACKAGED:
-        return read_torch(_packaged(spec))
+        return weight_files.read_torch(_packaged(spec), most)
     lowered = spec.lower()
     if lowered.endswith((".npz", ".safetensors", ".pth", ".pt", ".pth.tar")):
         path = Path(spec)
@@ -198,10 +197,12 @@ def read_tensors(spec: str) -> dict[str, np.ndarray]:
                 f"config.model.pretrained: {spec} is no file; give {SOURCES}"
             )
         if lowered.endswith(".npz"):
-            return _read_npz(path)
-        return _read_safetensors(path) if "safe" in path.suffix else read_torch(path)
+            return weight_files.read_npz(path, most)
+        if "safe" in path.suffix:
+            return weight_files.read_safetensors(path, most)
+        return weight_files.read_torch(path, most)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
-        return _read_safetensors(_hub_file(spec))
+        return weight_files.read_safetensors(_hub_file(spec), most)
     raise ValueError(f"config.model.pretrained is {spec!r}; give {SOURCES}")
 
 
@@ -231,163 +232,3 @@ def _hub_file(repository: str) -> Path:
             f"({type(error).__name__}: {reason}); check the id and the network, or "
             "name a downloaded file"
         ) from None
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npz of arrays: {error}") from None
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-    except ImportError:
-        raise ImportError(
-            f"{path} needs the package safetensors: pip install safetensors"
-        ) from None
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
-
-
-def read_torch(path: Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of a torch checkpoint, new (zip) or old form, without torch.
-
-    A checkpoint that holds its weights under "state_dict" or "model" is unwrapped, and
-    the prefix "module." of data-parallel training is dropped.
-
-    Raises:
-      ValueError: damaged, not a torch checkpoint, or holding anything but tensors and
-        plain containers; nothing of the file is executed.
-    """
-    try:
-        data = path.read_bytes()
-        zipped = zipfile.is_zipfile(io.BytesIO(data))
-        content, storages = (_read_zip if zipped else _read_old)(data)
-        for key in ("state_dict", "model"):
-            if isinstance(content, dict) and isinstance(content.get(key), dict):
-                content = content[key]
-        if not isinstance(content, dict) or not content:
-            raise ValueError("it holds no dictionary of tensors")
-        tensors = {}
-        for name, value in content.items():
-            if not isinstance(name, str) or not isinstance(value, _Tensor):
-                raise ValueError(f"{name!r} is not a tensor")
-            tensors[name.removeprefix("module.")] = value.array(storages)
-        return tensors
-    # A damaged pickle may raise almost anything.
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a torch checkpoint of tensors alone ({error}); save its "
-            "state_dict() afresh, or convert it to .safetensors where it was made"
-        ) from None
-
-
-_TYPES = {
-    "FloatStorage": np.float32,
-    "DoubleStorage": np.float64,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": jnp.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
-
-
-class _Storage(NamedTuple):
-    key: str
-    dtype: np.dtype
-    count: int
-
-
-class _Tensor(NamedTuple):
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def array(self, storages: dict[str, bytes]) -> np.ndarray:
-        key, dtype, count = self.storage
-        flat = np.frombuffer(storages[key], dtype)
-        extents = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
-        if (
-            min((self.offset, *self.shape, *self.strides)) < 0
-            or self.offset + sum(extents) >= max(min(count, flat.size), 1)
-            or math.prod(self.shape) > flat.size
-        ):
-            raise ValueError(f"a tensor reaches outside its storage {key}")
-        strides = [s * flat.itemsize for s in self.strides]
-        view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides)
-        return view.copy()
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows dictionaries, torch's two ways to rebuild a tensor, and its storages."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.types: dict[str, np.dtype] = {}  # Of every storage met so far.
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _TYPES:
-            return name
-        known = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            # Made anew each time: a pickle can set attributes of what it is given.
-            ("torch._utils", "_rebuild_tensor_v2"): lambda *a: _Tensor(*a[:4]),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-        }
-        if (module, name) not in known:
-            raise ValueError(f"it asks for {module}.{name}, which is not allowed")
-        return known[module, name]
-
-    def persistent_load(self, pid: tuple) -> _Storage:
-        kind, dtype, key, _, count, *view = pid
-        if kind != "storage" or any(view):
-            raise ValueError(f"it refers to {kind!r}, expected a plain storage")
-        self.types[key] = np.dtype(_TYPES[dtype])
-        return _Storage(key, self.types[key], count)
-
-
-def _read_zip(data: bytes) -> tuple[Any, dict[str, bytes]]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = archive.namelist()
-        pickles = [name for name in names if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError(f"it holds {len(pickles)} data.pkl, expected one")
-        root = pickles[0].removesuffix("data.pkl")
-        order = root + "byteorder"  # Absent before torch 2.1.
-        if order in names and archive.read(order) != b"little":
-            raise ValueError("it is big-endian")
-        content = _Unpickler(io.BytesIO(archive.read(pickles[0]))).load()
-        start = root + "data/"
-        storages = {
-            name.removeprefix(start): archive.read(name)
-            for name in names
-            if name.startswith(start)
-        }
-    return content, storages
-
-
-def _read_old(data: bytes) -> tuple[Any, dict[str, bytes]]:
-    file = io.BytesIO(data)
-    magic, version, system = (_Unpickler(file).load() for _ in range(3))
-    if magic != 0x1950A86A20F9469CFC6C or version != 1001:
-        raise ValueError("its first bytes are not torch's")
-    if not system["little_endian"]:
-        raise ValueError("it is big-endian")
-    reader = _Unpickler(file)
-    content = reader.load()
-    storages = {}
-    for key in _Unpickler(file).load():
-        count = int.from_bytes(file.read(8), "little")
-        storages[key] = file.read(count * reader.types[key].itemsize)
-    return content, storages

@@ -163,6 +163,7 @@ def prediction_report(
     positive: int,
     patients: Iterable[tuple[str, int, float, str]],
     about: dict,
+    counts: dict[str, int] | None = None,
 ) -> str:
     """The page of the predict command.
 
@@ -173,6 +174,7 @@ def prediction_report(
       positive: the class whose probability is shown.
       patients: (patient, images, mean probability, label) of patients with an id.
       about: JSON values shown at the end: model, window and the like.
+      counts: of paths, see `tally_sentence`.
     """
     flipped = sum(row.before != row.after for row in rows)
     flagged = sum(bool(row.flags) for row in rows)
@@ -195,6 +197,7 @@ def prediction_report(
             f"<p>Positive class: {escape(class_names[positive])}.</p>"
             if class_names
             else "",
+            f"<p>{escape(tally_sentence(counts))}</p>" if counts else "",
             _votes_sentence(rows, about),
         )
     ]
@@ -239,6 +242,22 @@ def prediction_report(
         )
     parts.append(page.details("About this prediction", about))
     return page.whole("Predictions", f"{len(rows)} images", parts)
+
+
+def tally_sentence(counts: dict[str, int]) -> str:
+    """What became of the paths that were named or found; the counts add up.
+
+    Args:
+      counts: "found" = "predicted" + "failed" + "ignored" + "left"; and "unmatched",
+        the rows of a patients.csv that name no image.
+    """
+    text = (
+        f"{counts['found']} files found: {counts['predicted']} predicted, "
+        f"{counts['failed']} failed, {counts['ignored']} ignored"
+    )
+    if counts["left"]:
+        text += f", {counts['left']} left"
+    return f"{text}; {counts['unmatched']} rows of patients.csv unmatched"
 
 
 def _votes_sentence(rows: Sequence[page.Row], about: dict) -> str:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cxai_jax import disk
+
 FILE = "training.lock"
 BEAT_S = 30.0
 STALE_S = 600.0  # Twenty beats: a host that is only slow is not taken for dead.
@@ -30,19 +32,19 @@ def training(workdir: Path, *, active: bool = True) -> Iterator[None]:
 
     Raises:
       ValueError: if another training holds it, naming host, process and start.
+      DiskError: if the disk is full or closed.
     """
     if not active:
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / FILE
-    with _alone(path) as file:
+    path, mine = workdir / FILE, json.dumps(_this_process())
+    with disk.writing(path, len(mine)), _alone(path) as file:
         if text := _holder_of(path, file.read()):
             raise ValueError(
                 f"{workdir} is in use by {text}; wait for it, stop it, or choose "
                 "another --workdir"
             )
-        mine = json.dumps(_this_process())
         file.seek(0)
         file.truncate()
         file.write(mine)

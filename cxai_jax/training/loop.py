@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from cxai_jax import host
 from cxai_jax import mesh as meshes
-from cxai_jax.config import claim_workdir
+from cxai_jax.config import claim_workdir, read_config
 from cxai_jax.methods.method import Method
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import finite, lock, preview, resume
@@ -211,9 +211,10 @@ def score(config, workdir: Path) -> dict:
     Beside a live training the results go to `workdir/eval/live`: the workdir is its.
 
     Raises:
-      FileNotFoundError: if the workdir holds no checkpoint.
+      FileNotFoundError: if the workdir holds no run or no checkpoint.
       ValueError: for another config or other data than the run has trained on.
     """
+    read_config(workdir)  # A mistyped workdir is refused before anything is written.
     with host.StopSignal():
         return score_alone(config, workdir)
 
@@ -221,17 +222,19 @@ def score(config, workdir: Path) -> dict:
 def score_alone(config, workdir: Path) -> dict:
     """`score` where signals are listened to."""
     claim_workdir(config, workdir, write=False)
+    if not any((workdir / "checkpoints" / "latest").glob("*")):  # Before any work.
+        raise FileNotFoundError(
+            f"{workdir}/checkpoints holds no checkpoint; train first with --mode=train"
+        )
     run = open_run(config, workdir)
     method = make_method(config, run.network, total_steps=1)
     restored = resume.restore(run, initial_state(run, method), advice=SCORE)
     if restored is None:
-        raise FileNotFoundError(
-            f"{workdir}/checkpoints holds no checkpoint; train first with --mode=train"
-        )
+        raise FileNotFoundError(f"{workdir}: its first checkpoint is being written")
     state, step, about = restored
     run.curve = about["curve"]
     if who := lock.holder(workdir):
-        run.out = workdir / "eval" / "live"
+        run.aside = workdir / "eval" / "live"
         run.out.mkdir(parents=True, exist_ok=True)
         logging.warning("%s is writing in %s: results go to %s", who, workdir, run.out)
     state = meshes.put_replicated(state, run.mesh)

@@ -20,6 +20,7 @@ from cxai_jax.training.run import Run, fit_records
 from cxai_jax.types import PyTree
 from cxai_jax.writer import read_log, write_json
 
+OPTIMISTIC = "best_test_epoch_accuracy (reference protocol, optimistic)"
 EXPLAINED = 24  # Test images whose maps are measured where an alignment term is on.
 
 
@@ -87,9 +88,7 @@ def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
     return {
         "metrics": evaluate.score(predictions, dataset, config),
         "calibration": calibrated,  # {} where no validation split was held out.
-        "best_test_epoch_accuracy (reference protocol, optimistic)": max(
-            optimistic, default=None
-        ),
+        OPTIMISTIC: max(optimistic, default=None),
         "curve": run.curve,
         "data": describe(run.dataset),
         "tested": describe(dataset),

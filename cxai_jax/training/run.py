@@ -50,7 +50,7 @@ def build_network(
     scale = Scale(*models.normalisation(config.model.name))
     if config.data.normalisation == "per_image":
         scale = PER_IMAGE
-    return Network(model, variables, scale, summary)
+    return Network(model, variables, scale, summary, num_sites)
 
 
 def load_sources(config) -> dict[str, Dataset]:
@@ -139,7 +139,7 @@ class Run:
     checkpoints: Checkpoints
     curve: list  # Learning curve: one dict of split -> scores per evaluation.
     started: float  # time.monotonic() when it was opened.
-    out: Path  # Where results go: the workdir, unless a training is writing there.
+    aside: Path | None = None  # Where results go while a training has the workdir.
 
     def about(self) -> dict:
         """What every checkpoint keeps beside the state."""
@@ -150,12 +150,17 @@ class Run:
         return {name: identity(dataset) for name, dataset in self.sources.items()}
 
     @property
+    def out(self) -> Path:
+        """Where results go."""
+        return self.aside or self.workdir
+
+    @property
     def dataset(self) -> Dataset:
         return self.sources[""]
 
     @property
     def tested(self) -> Dataset:
-        """The data set that the (first) test split is of."""
+        """The data set that the test split is of, of several joined by + the first."""
         first = self.config.data.test.split("+")[0]
         return self.sources[first.rpartition(":")[0]]
 
@@ -184,8 +189,9 @@ def open_run(config, workdir: Path, *, write: bool = False) -> Run:
     for other in sources.values():
         if models.needs_site(config.model) and other.site_names != scored.site_names:
             raise ValueError(
-                f"config.model.norm={config.model.norm!r} has parts for the sites of "
-                f"{scored.name}, {', '.join(scored.site_names)}; {other.name} has "
+                f"config.model.norm={config.model.norm!r} and config.model.adapter="
+                f"{config.model.adapter!r} have parts for the sites of {scored.name}, "
+                f"{', '.join(scored.site_names)}; {other.name} has "
                 f"others: {', '.join(other.site_names)}"
             )
     network = build_network(
@@ -193,17 +199,9 @@ def open_run(config, workdir: Path, *, write: bool = False) -> Run:
     )
     evaluator = evaluate.Evaluator(network.model, network.scale, config, mesh)
     keep = config.train.keep_checkpoints if write else None
+    checkpoints = Checkpoints(workdir, keep=keep)
     run = Run(
-        config,
-        workdir,
-        mesh,
-        sources,
-        network,
-        evaluator,
-        checkpoints=Checkpoints(workdir, keep=keep),
-        curve=[],
-        started=started,
-        out=workdir,
+        config, workdir, mesh, sources, network, evaluator, checkpoints, [], started
     )
     records_of(sources, config.data.test, "config.data.test")
     validate.check_run(run)

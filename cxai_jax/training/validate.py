@@ -12,19 +12,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cxai_jax import data, models
 from cxai_jax import mesh as meshes
 from cxai_jax.config import flatten
 from cxai_jax.data.augment import CROPS, NORMALISATIONS
-from cxai_jax.data.pipeline import RESIDENCIES
+from cxai_jax.data.pipeline import RESIDENCIES, training_rows
 from cxai_jax.data.records import SPLITS, Records
 from cxai_jax.maps import saliency
 from cxai_jax.methods import METHODS
+from cxai_jax.models.adapters import ADAPTERS
 from cxai_jax.models.backbone import HEADS
+from cxai_jax.models.covidnet import STAGE4_INPUTS
 from cxai_jax.models.norm import NORMS
 from cxai_jax.objectives import alignment, losses, mixing
-from cxai_jax.training.optimizer import SCHEDULES, check_groups, parse_groups
+from cxai_jax.training.optimizer import (
+    OPTIMIZERS,
+    SCHEDULES,
+    check_groups,
+    parse_groups,
+)
 from cxai_jax.voting.forward import PREFIX_REUSE, prefix_crops
 from cxai_jax.voting.rules import FILLS
 
@@ -128,6 +136,8 @@ RULES: dict[str, Rule] = {
     "model.projection": whole(0),
     "model.remat": FLAG,
     "model.norm": one_of(NORMS),
+    "model.adapter": one_of(ADAPTERS),
+    "model.stage4_input": one_of(STAGE4_INPUTS),
     "data.name": Rule(
         _is_data_set,
         f"known: {', '.join(data.DATASETS)}, folder:NAME, tfds:mnist",
@@ -158,6 +168,7 @@ RULES: dict[str, Rule] = {
     "mix.same_class": one_of(mixing.SAME_CLASS),
     "mix.boxes": one_of(mixing.BOXES),
     "mix.groups": whole(0),
+    "loss.scores": one_of(losses.SCORES),
     "cam.mode": one_of(("train", "eval")),
     "cpe.weight": FROM_ZERO,
     "cpe.num_patches": whole(2),
@@ -195,6 +206,9 @@ RULES: dict[str, Rule] = {
     "adapt.generator_steps": whole(1),
     "adapt.perceptual": TEXT,
     "adapt.perceptual_width": whole(1),
+    "ms_net.warmup": SHARE,
+    "ms_net.distill": SHARE,
+    "optim.name": one_of(OPTIMIZERS),
     "optim.lr_trunk": FROM_ZERO,
     "optim.lr_fresh": FROM_ZERO,
     "optim.groups": each(TEXT, "rules EXPRESSION=GROUP"),
@@ -363,7 +377,8 @@ def check_training(run, fit: Records) -> None:
     """Checks a config against the devices and the images that it trains on.
 
     Raises:
-      ValueError: for a batch that does not divide, or a lung-mask term without masks.
+      ValueError: for a batch that does not divide, or has too few images of a site for
+        norms of each, or a lung-mask term without masks.
     """
     config = run.config
     micro = config.train.batch_size // config.train.accumulate
@@ -371,8 +386,25 @@ def check_training(run, fit: Records) -> None:
     if config.train.accumulate > 1:
         field += " / config.train.accumulate"
     meshes.check_batch(micro, run.mesh, field)
+    if models.needs_site(config.model):
+        _check_sites(run, fit, micro)
     if config.align.mask_weight > 0 and fit.lung_masks is None:
         raise ValueError(
             f"config.align.mask_weight={config.align.mask_weight} needs lung masks and "
             f"{run.dataset.name} has none; set it to 0, or train on cxr or phantom"
+        )
+
+
+def _check_sites(run, fit: Records, batch: int) -> None:
+    """A batch must have two images of every site on average: one has no variance."""
+    config, names = run.config, run.dataset.site_names
+    rows = training_rows(fit, config.data.site_repeats, batch)
+    shares = np.bincount(fit.sites[rows], minlength=len(names)) / len(rows)
+    rarest = int(shares.argmin())
+    if batch * shares[rarest] < 2:
+        raise ValueError(
+            f"config.train.batch_size={config.train.batch_size} has "
+            f"{batch * shares[rarest]:.1f} images of {names[rarest]} on average, and a "
+            f"network with parts of each site ({', '.join(names)}) needs at least 2; "
+            "raise it, or the site's share with config.data.site_repeats"
         )

@@ -35,21 +35,21 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [100, 3_000, 30_000])
+@pytest.mark.parametrize("size", [30_000, 3_000, 100])
 def test_a_limited_file_size(compiled, reference, size):
     """At 100 bytes nothing, at 3 kB no config, at 30 kB no state can be written."""
     training = Training(compiled, preexec_fn=limit(size))
     assert training.end() == 1, training.output
     training.one_line(
         rf"^error: {compiled}.*: the limit of a file's size is reached: [\d,]+ bytes "
-        r"to write, .* missing; the same command continues once it can be written$"
+        r"to write; the same command continues once it can be written$"
     )
     Training(compiled).succeed()
     same_end(compiled, reference)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [4, 200, 700])
+@pytest.mark.parametrize("size", [200, 700, 4])
 def test_a_full_disk(compiled, reference, small_disk, size):
     """Room for the lock and config, for a checkpoint or two, for nearly all."""
     workdir = small_disk(f"size={size}k") / "run"

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image
 from untrained_run import make_run
 
 from cxai_jax import predict
-from cxai_jax.data import folder, inputs, novelty, pipeline, store, transforms
+from cxai_jax.data import folder, inputs, novelty, pipeline, reading, store, transforms
 from cxai_jax.data.augment import PER_IMAGE, normalise
 from cxai_jax.inference import predictor
 from cxai_jax.maps import cam
@@ -152,7 +151,7 @@ def test_a_file_scores_the_same_in_a_data_set_and_alone(run, tmp_path, monkeypat
     alone = dict(zip(names, zip(fed, rows, strict=True), strict=True))
     scored = 0
     for records in splits.values():
-        found = evaluator.predict(SimpleNamespace(**model.variables), records)
+        found = evaluator.predict(model.variables, records)
         fit = pipeline.fit_for_scoring(model.config)
         for i, name in enumerate(records.names):
             image, row = alone[str(name)]
@@ -182,7 +181,9 @@ def test_an_image_without_finite_probabilities_is_an_error(
     bad = rows[str(files[1])]
     assert "probabilities are not finite" in bad["error"] and not bad["probability"]
     assert all(rows[str(f)]["error"] == "" for i, f in enumerate(files) if i != 1)
-    assert f"error: {files[1]}: the network's" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f"error: {files[1]}: the network's" in said.err
+    assert "4 files found: 3 predicted, 1 failed, 0 ignored;" in said.out
 
 
 def test_every_column_is_explained(whole):
@@ -332,8 +333,78 @@ def test_bad_files_are_named_and_the_others_predicted(run, scans, tmp_path, caps
     assert [os.path.basename(n) for n in ignored["ignored files"]] == [
         "DICOMDIR",
         "notes.txt",
-        "patients.csv",
     ]
+
+
+def test_nothing_that_is_found_is_dropped(run, scans, tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    (folder / "deep").mkdir(parents=True)
+    picture = Image.open(next(scans.iterdir()))
+    for name in ("a.png", "b.webp", "deep/c.bmp", "deep/a.png", "d.gif"):
+        picture.save(folder / name)
+    os.mkfifo(folder / "fifo.png")
+    os.mkfifo(folder / "pipe")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "linked").symlink_to(scans)
+    (folder / "notes.txt").write_text("no image")
+    (folder / "patients.csv").write_text(
+        "file,patient\na.png,ann\nc.bmp,bob\nd.gif,cy\ngone.png,dan\n"
+    )
+    assert command(run, out, "--votes=0", f"--images={folder}") == 1
+    rows = table(out)
+    good = {r["file"].removeprefix(f"{folder}/"): r["patient"] for r in rows[:5]}
+    assert good == {
+        "a.png": "ann",
+        "b.webp": "",
+        "d.gif": "cy",
+        "deep/a.png": "",
+        "deep/c.bmp": "bob",
+    }
+    errors = {r["file"].removeprefix(f"{folder}/"): r["error"] for r in rows[5:]}
+    assert errors == {
+        "linked": "a link to a folder, not followed; name the folder itself",
+        "fifo.png": "not a regular file but a FIFO, device or folder",
+        "loop.png": "cannot be opened (Too many levels of symbolic links)",
+    }
+    said = capsys.readouterr()
+    sentence = (
+        "10 files found: 5 predicted, 3 failed, 2 ignored; "
+        "1 rows of patients.csv unmatched"
+    )
+    assert sentence in said.out and sentence in (out / "report.html").read_text()
+    assert f"{folder}/patients.csv: gone.png: no such image" in said.err
+
+
+def test_bare_names_of_patients_must_be_unique(scans, tmp_path):
+    picture = Image.open(next(scans.iterdir()))
+    for name in ("x/a.png", "y/a.png", "y/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture.save(tmp_path / name)
+    (tmp_path / "patients.csv").write_text("file,patient\na.png,ann\n./y/b.png,bob\n")
+    found = inputs.find([str(tmp_path)])
+    assert found.patients == {tmp_path / "y/b.png": "bob"}
+    (row, reason) = found.unmatched[0]
+    assert row == f"{tmp_path}/patients.csv: a.png"
+    assert reason == "2 images have this name; write x/a.png"
+
+
+def test_the_counts_of_a_stopped_prediction_add_up(
+    run, scans, tmp_path, monkeypatch, capsys
+):
+    call = predictor.Predictor.__call__
+
+    def stop_after_first(self, images):
+        os.kill(os.getpid(), signal.SIGINT)
+        return call(self, images)
+
+    monkeypatch.setattr(predictor.Predictor, "__call__", stop_after_first)
+    assert command(run, tmp_path, "--images", scans) == 128 + signal.SIGINT
+    said = capsys.readouterr().out
+    assert "9 files found: 4 predicted, 0 failed, 0 ignored, 5 left;" in said
+    monkeypatch.undo()
+    assert command(run, tmp_path, "--images", scans, "--resume") == 0
+    said = capsys.readouterr().out
+    assert "9 files found: 9 predicted, 0 failed, 0 ignored;" in said
 
 
 @pytest.mark.parametrize("missing", ["run", "checkpoint", "images"])
@@ -462,7 +533,7 @@ def test_reading_ahead_keeps_order_and_errors():
             raise ValueError("three")
         return [i]
 
-    got = list(inputs.read_ahead(range(100), read))
+    got = list(reading.read_ahead(range(100), read))
     assert [item for item, _ in got] == list(range(100))
     assert isinstance(got[3][1], ValueError) and got[50][1] == [50]
 

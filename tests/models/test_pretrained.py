@@ -7,6 +7,8 @@ import json
 import pickle
 import struct
 import sys
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from configs.common import get_config
 from cxai_jax import models
-from cxai_jax.models import pretrained
+from cxai_jax.models import pretrained, weight_files
 
 
 def variables_of(name, num_classes=1000, **fields):
@@ -286,7 +288,7 @@ def test_strided_views_are_read_and_kept_inside_their_storage(tmp_path):
         shaped = view.pop("shape", value)
         content = {"a": rebuilt("0", shaped, False, count=6, **view)}
         path.write_bytes(zip_checkpoint(content, {"0": value}))
-        return pretrained.read_torch(path)["a"]
+        return weight_files.read_torch(path)["a"]
 
     np.testing.assert_array_equal(read(shape=value.T, strides=(1, 3)), value.T)
     assert read(shape=value[:1, :2], offset=4).tolist() == [[4, 5]]
@@ -328,6 +330,72 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path, content):
         pretrained.read_tensors(str(tmp_path / "w.pth"))
 
 
+def test_weights_that_unfold_are_refused_before_they_do(tmp_path):
+    zeros = np.zeros(40_000_000, np.float32)  # 160 MB, some kB when deflated.
+    np.savez_compressed(tmp_path / "w.npz", a=zeros)
+    with zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        content = {"a": rebuilt("0", zeros, False)}
+        archive.writestr("w/data.pkl", dump(content))
+        archive.writestr("w/data/0", zeros.tobytes())
+    small = np.zeros(1_000_000, np.float32)  # Of 4 MB, told 50 times.
+    shared = {f"t{i}": rebuilt("0", small, False) for i in range(50)}
+    (tmp_path / "many.pth").write_bytes(zip_checkpoint(shared, {"0": small}))
+    (tmp_path / "w.safetensors").write_bytes(bytes(101_000_000))
+    tracemalloc.start()
+    for name in ("w.npz", "w.pth", "many.pth", "w.safetensors"):
+        with pytest.raises(ValueError, match="MB") as caught:
+            pretrained.read_tensors(str(tmp_path / name), 100_000_000)
+        assert name in str(caught.value)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30_000_000
+    assert pretrained.read_tensors(str(tmp_path / "w.npz"))["a"].shape == zeros.shape
+
+
+def test_a_network_refuses_weights_of_many_times_its_size(tmp_path):
+    variables = variables_of("resnet18")
+    np.savez_compressed(tmp_path / "w.npz", a=np.zeros(60_000_000, np.float32))
+    with pytest.raises(ValueError, match="240 MB, more than the 204 MB"):
+        pretrained.load_pretrained(str(tmp_path / "w.npz"), "resnet18", variables)
+
+
+# A pickled tuple of tuples that takes 2 ** 60 steps to hash or to show.
+NESTED = b")q\x00" + b"".join(
+    b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60)
+)
+STORAGE = b"X\x07\x00\x00\x00storage"
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"}" + NESTED + b"K\x01s.",  # As the key of a dictionary.
+        b"(" + NESTED + b"K\x01d.",
+        b"}(" + NESTED + b"K\x01u.",
+        b"\x8f(" + NESTED + b"\x90.",  # In a set.
+        b"(" + NESTED + b"\x91.",
+        NESTED + b"Q.",  # As a storage.
+        b"(" + NESTED + b"K\x00K\x00K\x00K\x00tQ.",
+        b"(" + STORAGE + NESTED + b"K\x00K\x00K\x00tQ.",
+        b"}(X\x01\x00\x00\x00a" + NESTED + b"u.",  # As a tensor.
+        b"}r\xff\xff\xff\x7f.",  # At place 2 ** 31 of the memo.
+        b"ccollections\nOrderedDict\n(" + NESTED + b"K\x01t\x85\x85R.",
+    ],
+)
+def test_pickles_that_would_take_years_or_gigabytes_are_refused(tmp_path, pickled):
+    path = tmp_path / "w.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w/data.pkl", b"\x80\x02" + pickled)
+    begun = time.monotonic()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="w.pth is not a torch checkpoint") as caught:
+        pretrained.read_tensors(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000 and time.monotonic() - begun < 10
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_torch_itself_writes_what_we_read(tmp_path):
     torch = pytest.importorskip("torch")
@@ -341,7 +409,7 @@ def test_torch_itself_writes_what_we_read(tmp_path):
             path,
             _use_new_zipfile_serialization=new,
         )
-        same(pretrained.read_torch(path), expected)
+        same(weight_files.read_torch(path), expected)
 
 
 @pytest.mark.parametrize(
@@ -436,7 +504,7 @@ def test_convert_weights_checks_and_writes_an_npz(tmp_path, monkeypatch, capsys)
         np.savez(source, **tensors)
         arguments = ["--model=resnet18", f"--source={source}", f"--output={output}"]
         monkeypatch.setattr(sys, "argv", ["convert_weights.py", *arguments])
-        convert.main()
+        converter.main()
 
     convert(tensors)
     assert "102 tensors of resnet18, 1 ignored" in capsys.readouterr().out

@@ -84,6 +84,29 @@ def test_a_host_bound_run_says_so(
     assert ("host-bound" in caplog.text) == warned
 
 
+@pytest.mark.parametrize(("minutes", "saves"), [(1.0, [4, 8, 10]), (0.0, [10])])
+def test_saves_by_minutes(monkeypatch, minutes, saves):
+    changes = {"train.checkpoint_every_epochs": 0.0, "train.log_every_steps": 7}
+    config = small(**changes, **{"train.checkpoint_every_minutes": minutes})
+    now, saved = [0.0], []
+
+    def advance(state):
+        now[0] += 17.0
+        return state, {"loss": np.array([0.5])}, 0.0
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop, "log", lambda *_: None)
+    checkpoints = SimpleNamespace(
+        preempted=lambda step: False,
+        save=lambda kind, step, *_: saved.append(step),
+        wait=lambda: None,
+    )
+    run = SimpleNamespace(config=config, checkpoints=checkpoints, about=dict)
+    plan = SimpleNamespace(total_steps=10, steps_per_epoch=10)
+    loop.loop(run, plan, None, advance, None, 0, "device")
+    assert saved == saves
+
+
 def test_resume_is_exact_to_the_bit(finished, tmp_path):
     workdir, whole = finished
     middle = sorted(
@@ -193,9 +216,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         loop.train(config_of(**{"optim.lr_fresh": 1e30, "tta.k": 0}), tmp_path)
 
 
-def test_eval_without_a_checkpoint_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        loop.score(config_of(), tmp_path)
+def test_eval_of_a_mistyped_workdir_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not the workdir of a run"):
+        loop.score(config_of(), tmp_path / "mistyped")
+    assert not any(tmp_path.iterdir())
 
 
 def test_devices_were_not_changed():

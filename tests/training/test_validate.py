@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from small import small
@@ -182,6 +183,19 @@ def test_what_the_devices_and_the_images_cannot_do_is_refused(opened):
     bare = dataclasses.replace(fit, lung_masks=None)
     message = refused(validate.check_training, run, bare)
     assert "config.align.mask_weight=1.0 needs lung masks" in message
+
+
+def test_a_batch_needs_two_images_of_every_site(opened):
+    run = opened(**{"model.norm": "per_site"})
+    fit = run.dataset.splits["train"]
+    validate.check_training(run, fit)
+    for alone, mean in ((0, "0.0"), (1, "1.0")):
+        sites = np.zeros(16, np.int32)
+        sites[: 2 * alone] = 1
+        few = dataclasses.replace(fit.subset(np.arange(16)), sites=sites)
+        message = refused(validate.check_training, run, few)
+        assert f"has {mean} images of" in message and "site_repeats" in message
+        validate.check_training(opened(), few)
 
 
 @pytest.mark.parametrize(

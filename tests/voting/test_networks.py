@@ -44,7 +44,9 @@ def test_class_maps_and_votes(name):
         kernel = models.head_kernel(variables["params"])
         cams = cam.class_activation_map(out.features, kernel, labels)
         gradcam = saliency.gradcam_lower(
-            lambda lower: apply(apply(lower, "eval", method="upper"), method="head"),
+            lambda lower: apply(
+                apply(lower, "eval", method="upper"), "eval", method="head"
+            ),
             out.lower,
             labels,
         )

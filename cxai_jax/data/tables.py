@@ -1,0 +1,47 @@
+"""CSV tables: errors that name the file and line, and cells that no sheet runs.
+
+A spreadsheet takes a cell that begins with =, +, - or @ for a formula, and file names
+and patient numbers come from strangers. Such cells are written with an apostrophe in
+front, which `unguarded` takes away again.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from cxai_jax.data import reading
+
+# Sheets skip white space and control characters; some read full-width signs as well.
+FORMULA = re.compile(r"['\s\x00-\x1f\ufeff]*[=+\-@＝＋－＠]")
+
+
+def guarded(cell: str) -> str:
+    """The text as a cell that is no formula; other texts as they are."""
+    return f"'{cell}" if FORMULA.match(cell) else cell
+
+
+def unguarded(cell: str) -> str:
+    """The text that `guarded` was given."""
+    return cell[1:] if cell[:1] == "'" and FORMULA.match(cell[1:]) else cell
+
+
+def guarded_row(row: Mapping[str, str]) -> dict[str, str]:
+    """A row with every cell guarded."""
+    return {column: guarded(cell) for column, cell in row.items()}
+
+
+def read_rows(file: str | Path) -> list[dict[str, str | None]]:
+    """The rows of a UTF-8 CSV file with a header; None where a line is cut short.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not UTF-8 or no CSV.
+    """
+    reader = csv.DictReader(io.StringIO(reading.read_text(file), newline=""))
+    try:
+        return list(reader)
+    except csv.Error as error:
+        name = reading.printable(file)
+        raise ValueError(f"{name}, after line {reader.line_num}: {error}") from None
