@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from configs.common import get_config
 from cxai_jax import models
+from cxai_jax.models import convert as converter
 from cxai_jax.models import pretrained, weight_files
 
 
