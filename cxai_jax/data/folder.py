@@ -2,6 +2,7 @@
 
 Beside the class folders may lie `splits.csv` (columns file,split) and `patients.csv`
 (columns file,patient); file is `class_name/name.png`, or `name.png` if that is unique.
+Without patients.csv, DICOM files say whose they are (PatientID, stored as a pseudonym).
 Without splits.csv the split is drawn here: patient-disjoint where patients are given,
 else image-level, and labelled so.
 
@@ -17,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from cxai_jax.data import dicom, splits, store
 from cxai_jax.data import labels as labelled
-from cxai_jax.data import splits, store
 from cxai_jax.data.positive import positive_class
 from cxai_jax.data.reading import printable
 from cxai_jax.data.records import SPLITS, Dataset, DatasetSpec
@@ -36,7 +37,11 @@ def load(data_config: ConfigDict) -> Dataset:
 
 
 def plan_folder(
-    source: str | Path, name: str = "folder", positive: str = "", split: str = ""
+    source: str | Path,
+    name: str = "folder",
+    positive: str = "",
+    split: str = "",
+    keep_ids: bool = False,
 ) -> Plan:
     """Reads a tree of class folders, or one with labels.csv; classes sorted by name.
 
@@ -46,6 +51,8 @@ def plan_folder(
       positive: name of the positive class, see `positive_class`.
       split: "test" for data that nothing is trained on, such as another hospital's:
         every image is tested; "" splits as above.
+      keep_ids: where DICOM files name the patients, write PatientID as it is instead
+        of a pseudonym.
 
     Raises:
       FileNotFoundError: if `source` is missing, or a table names an absent image.
@@ -58,7 +65,7 @@ def plan_folder(
         )
     source = Path(source)
     if (source / labelled.TABLE).exists():
-        return labelled.plan_labels(source, name, positive, split)
+        return labelled.plan_labels(source, name, positive, split, keep_ids)
     roots = _split_folders(source) or {"": source}
     class_names = sorted({c for root in roots.values() for c in _class_folders(root)})
     found = [
@@ -70,7 +77,9 @@ def plan_folder(
     files, labels, folder_splits = zip(*found, strict=True)
     labels = np.array(labels)
     names = [printable(file.relative_to(source)) for file in files]
-    patients = _column(source / "patients.csv", "patient", names) or {}
+    patients = _column(source / "patients.csv", "patient", names)
+    if patients is None:
+        patients = dict(zip(names, dicom.patients(files, keep_ids), strict=True))
     given = _column(source / "splits.csv", "split", names)
     ids = [patients.get(n, "") for n in names]
     if split == "test":

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from cxai_jax.data import reading, splits, store
+from cxai_jax.data import dicom, reading, splits, store
 from cxai_jax.data.positive import positive_class
 from cxai_jax.data.records import SPLITS
 from cxai_jax.data.store import Plan, Source
@@ -20,7 +20,13 @@ TABLE = "labels.csv"
 NEEDED, OPTIONAL = ("file", "label"), ("patient", "split", "site")
 
 
-def plan_labels(source: Path, name: str, positive: str = "", split: str = "") -> Plan:
+def plan_labels(
+    source: Path,
+    name: str,
+    positive: str = "",
+    split: str = "",
+    keep_ids: bool = False,
+) -> Plan:
     """Reads `source/labels.csv`; classes and sites are sorted by name.
 
     Args: as `folder.plan_folder`.
@@ -41,6 +47,8 @@ def plan_labels(source: Path, name: str, positive: str = "", split: str = "") ->
     site_names = sorted({row["site"] for row in rows}) if "site" in rows[0] else [name]
     labels = np.array([class_names.index(row["label"]) for row in rows])
     patients = [row.get("patient", "") for row in rows]
+    if "patient" not in rows[0]:
+        patients = dicom.patients([source / row["file"] for row in rows], keep_ids)
     if split == "test":
         scheme, chosen = "all for testing", ["test"] * len(rows)
     elif "split" in rows[0]:
@@ -61,10 +69,12 @@ def plan_labels(source: Path, name: str, positive: str = "", split: str = "") ->
                 row["file"],
                 int(label),
                 str(part),
-                row.get("patient", ""),
+                patient,
                 site_names.index(row.get("site", name)),
             )
-            for row, label, part in zip(rows, labels, chosen, strict=True)
+            for row, label, part, patient in zip(
+                rows, labels, chosen, patients, strict=True
+            )
         ],
         left_out=[
             (reading.printable(file.relative_to(source)), f"not in {TABLE}")

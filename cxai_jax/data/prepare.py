@@ -68,6 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--split_files", help="sites, wang: TRAIN.txt,TEST.txt")
     add("--name", help="folder: read back as folder:NAME")
     add("--positive", help="folder: the class whose sensitivity is reported")
+    add("--keep_ids", action="store_true", help="folder: store DICOM's PatientID as is")
     add("--overwrite", action="store_true", help="replace data of the same name")
     add("--skip_bad", action="store_true", help="list unreadable images and go on")
     return parser.parse_args(arguments)
@@ -81,7 +82,7 @@ def make_plan(options: argparse.Namespace) -> store.Plan:
     """
     listings = options.split_files and options.split_files.split(",")
     given = {"split": options.split, "split_files": listings, "name": options.name}
-    given["positive"] = options.positive
+    given |= {"positive": options.positive, "keep_ids": options.keep_ids or None}
     given = {option: value for option, value in given.items() if value is not None}
     takes = {
         name: inspect.signature(spec.plan).parameters

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from cxai_jax.data import leakage, reading, tables, transforms
+from cxai_jax.data import dicom, leakage, reading, tables, transforms
 from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
 from cxai_jax.writer import read_json
 
@@ -156,8 +156,14 @@ def class_files(source: Path, folder: str) -> list[Path]:
 
 
 def is_image(file: Path) -> bool:
-    """True for a file whose suffix promises an image."""
-    return file.suffix.lower() in transforms.SUFFIXES and not file.is_dir()
+    """True for a file whose suffix promises an image, or DICOM without a suffix."""
+    if file.is_dir() or file.name.startswith(".") or file.name == "DICOMDIR":
+        return False
+    if file.suffix.lower() in transforms.SUFFIXES:
+        return True
+    # Scanners name files by number: "1.2.840.113", "IM-0001", "00000001".
+    unnamed = not file.suffix or file.suffix[1:].isdecimal()
+    return unnamed and dicom.is_dicom(file)
 
 
 def read_list(file: str | Path) -> list[str]:
