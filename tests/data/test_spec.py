@@ -99,7 +99,7 @@ def test_options_that_a_plan_does_not_take_are_refused(tints, capsys):
     command = ["--dataset=tints", f"--source={tints}", f"--data_dir={tints / 'data'}"]
     for option, owners in (
         ("split", "site_a, site_b, cxr, folder"),
-        ("split_files", "site_a"),
+        ("split_files", "site_a, site_b"),
         ("name", "folder"),
     ):
         assert prepare.main([*command, f"--{option}=x"]) == 2
