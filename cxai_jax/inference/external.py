@@ -101,7 +101,7 @@ def score_external(config: ConfigDict, workdir: Path, on: str) -> tuple[Path, di
         "run": {key: own.get(key) for key in ("data", "metrics", "calibration")}
         | {"step": trained.step, "test": trained.config.data.test},
         "curve": [],
-        "selected": own.get("selected"),
+        "selected": own.get("selected") or {},
         "time": {"total_s": time.monotonic() - started},
         "config": json.loads(config.to_json()),
         "versions": versions(),

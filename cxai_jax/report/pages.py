@@ -16,14 +16,18 @@ from cxai_jax.voting import rules
 
 SCORES = {  # Key in results.json -> heading.
     "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced",
     "precision": "Precision",
     "recall": "Sensitivity",
     "specificity": "Specificity",
     "f1": "F1",
     "auc": "AUC",
+    "auprc": "AUPRC",
     "ece": "ECE",
 }
-HARD = ("accuracy", "precision", "recall", "specificity", "f1")  # Need no score.
+# Need no score.
+HARD = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1")
+RANKING = ("auc", "auprc")
 OPEN_ERRORS = 10  # More are folded away, so that they do not hide the images.
 EXAMPLES = 4  # Pictures per kind: certain and right, certain and wrong, flipped.
 
@@ -31,9 +35,10 @@ EXAMPLES = 4  # Pictures per kind: certain and right, certain and wrong, flipped
 def summary(results: dict) -> str:
     """The table a run prints at its end: every score with its 95 % interval."""
     data, scored = results["data"], results["metrics"]
-    lines = [["", *(SCORES[key] for key in HARD), SCORES["auc"]]]
+    shown = (*HARD, *RANKING)
+    lines = [["", *(SCORES[key] for key in shown)]]
     for name, values in score_rows(scored):
-        lines.append([name, *(with_interval(values, key) for key in (*HARD, "auc"))])
+        lines.append([name, *(with_interval(values, key) for key in shown)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     table = [
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
@@ -47,6 +52,8 @@ def summary(results: dict) -> str:
             f"{scored['all']['number']} images, percent with 95 % interval; positive "
             f"class: {data['positive']}",
             *table,
+            *_class_lines(scored["all"], data["class_names"]),
+            *_stopped(results),
             *([] if flips is None else [f"labels flipped by voting: {len(flips)}"]),
             f"leakage: {data['leakage'].get('verdict', 'not examined')}",
         ]
@@ -103,6 +110,7 @@ def run_parts(
         page.section(
             "Result",
             _score_table(results["metrics"], data["positive"]),
+            _class_table(results["metrics"]["all"], names),
             f'<p class="verdict {"warn" if leaks else "fine"}"><b>Leakage check:</b> '
             f"{escape(verdict)}. Split: {escape(data['split_scheme'])}; {counts} "
             "images.</p>",
@@ -304,6 +312,41 @@ def _score_table(scored: dict, positive: str) -> str:
         f"Percent, with the 95 % bootstrap interval in brackets; positive: {positive}"
     )
     return page.table(("", *SCORES.values()), rows, caption=note)
+
+
+def _class_rows(scored: dict, names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(class, sensitivity, PPV) of more than two classes, and their macro means."""
+    if len(names) < 3:
+        return []
+    keys = [(name, f"recall_{c}", f"precision_{c}") for c, name in enumerate(names)]
+    keys.append(("macro mean", "macro_recall", "macro_precision"))
+    return [
+        (name, with_interval(scored, recall), with_interval(scored, precision))
+        for name, recall, precision in keys
+    ]
+
+
+def _class_lines(scored: dict, names: Sequence[str]) -> list[str]:
+    return [
+        f"{name}: sensitivity {recall}, PPV {precision}"
+        for name, recall, precision in _class_rows(scored, names)
+    ]
+
+
+def _class_table(scored: dict, names: Sequence[str]) -> str:
+    rows = _class_rows(scored, names)
+    note = "Every class against the rest, percent with the 95 % interval"
+    return page.table(("", "Sensitivity", "PPV"), rows, caption=note) if rows else ""
+
+
+def _stopped(results: dict) -> list[str]:
+    """What is said of a run that config.train.patience ended."""
+    if not (early := results["selected"].get("stopped_early")):
+        return []
+    return [
+        f"stopped early at step {early['step']}: {early['patience']} evaluations "
+        f"without a better {early['metric']} on validation"
+    ]
 
 
 def _charts(results, predictions, after, log) -> str:

@@ -108,12 +108,13 @@ def load_predictions(path: Path) -> dict:
     return predictions
 
 
-def quick_score(predictions: dict, positive: int) -> dict:
-    """Accuracy, F1 and cross-entropy without intervals, for the learning curve."""
+def quick_score(predictions: dict, positive: int, also: str = "accuracy") -> dict:
+    """Accuracy, F1, cross-entropy and the score `also`, without intervals."""
     labels, probs = predictions["labels"], predictions["probs"][:, 0]
     values = metrics.classification_metrics(labels, probs, positive=positive)
     chosen = probs[np.arange(len(labels)), labels]
     return {
+        also: values[also],
         "accuracy": values["accuracy"],
         "f1": values["f1"],
         "cross_entropy": float(-np.log(np.maximum(chosen, 1e-12)).mean()),
