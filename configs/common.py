@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.name = "phantom"  # Key of cxai_jax.data.DATASETS.
-    data.data_dir = "data"  # Where tools/prepare_data.py wrote its array_records.
+    data.data_dir = "data"  # Where cxai-prepare wrote its array_records.
     data.split = ""  # Split scheme; "" is the data set's honest default.
     # "2of5": fold 2 of 5 of all images is `test`, of the rest an eighth `val`, patients
     # kept whole (site A: blocks of file numbers); "": the split as prepared.

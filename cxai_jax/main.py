@@ -1,4 +1,7 @@
-"""python -m cxai_jax.main --config=configs/siteB.py:full,lite0 --workdir=runs/b"""
+"""cxai-train --config=siteB:full,lite0 --workdir=runs/b
+
+The same: python -m cxai_jax.main --config=configs/siteB.py:full,lite0 --workdir=runs/b
+"""
 
 import contextlib
 import logging
@@ -12,19 +15,28 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from cxai_jax import disk, host, hosts
-from cxai_jax.config import check_overrides, load_config_file
+from cxai_jax.config import (
+    check_overrides,
+    config_path,
+    load_config_file,
+    read_config,
+)
+from cxai_jax.inference.external import score_external
 from cxai_jax.report.pages import summary
 from cxai_jax.training import check
 from cxai_jax.training.loop import score, train
 
 FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file("config", None, "File under configs/.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or name, :ROWS.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Results; default runs/<config name>.")
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "eval", "check"],
     "Train and score; score a checkpoint; or check everything without a run.",
+)
+ON = flags.DEFINE_string(
+    "on", "", "With --mode=eval: other data, as folder:NAME; results in eval/NAME."
 )
 FORCE_RESUME = flags.DEFINE_bool(
     "force_resume", False, "Continue a run although its data have changed since."
@@ -51,18 +63,16 @@ def main(_) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     for noisy in ("absl", "orbax"):  # What orbax logs as an error it raises as well.
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    name, _, rows = config_flags.get_config_filename(FLAGS["config"]).partition(":")
-    rows = Path(rows).stem if rows.endswith(".json") else rows
-    default = Path("runs", "-".join([Path(name).stem, *filter(None, rows.split(","))]))
-    workdir = Path(WORKDIR.value or default)
+    workdir = Path(WORKDIR.value or default_workdir())
     jax.config.update(
         "jax_compilation_cache_dir", str(workdir.absolute() / "xla_cache")
     )
     try:
-        if CONFIG.value.deterministic:
+        config = CONFIG.value or read_config(workdir)  # Only --on goes without one.
+        if config.deterministic:
             host.be_deterministic()
         with join_hosts():
-            text = perform(CONFIG.value, workdir)
+            text = perform(config, workdir)
     except EXPLAINED as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -74,9 +84,16 @@ def main(_) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sys.exit(f"error: {out_of_memory(CONFIG.value)}")
+        sys.exit(f"error: {out_of_memory(config)}")
     if jax.process_index() == 0:
         print(text)
+
+
+def default_workdir() -> Path:
+    """runs/CONFIG-ROW-ROW."""
+    name, _, rows = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    rows = Path(rows).stem if rows.endswith(".json") else rows
+    return Path("runs", "-".join([Path(name).stem, *filter(None, rows.split(","))]))
 
 
 def perform(config, workdir: Path) -> str:
@@ -85,11 +102,14 @@ def perform(config, workdir: Path) -> str:
         return check.check(config, workdir)
     if warning := check.unused_gpu():
         logging.warning(warning)
-    if MODE.value == "eval":
+    out = workdir
+    if ON.value:
+        out, results = score_external(config, workdir, ON.value)
+    elif MODE.value == "eval":
         results = score(config, workdir)
     else:
         results = train(config, workdir, force_resume=FORCE_RESUME.value)
-    return f"{summary(results)}\nreport: {workdir / 'report.html'}"
+    return f"{summary(results)}\nreport: {out / 'report.html'}"
 
 
 def join_hosts():
@@ -120,17 +140,6 @@ def out_of_memory(config) -> str:
     )
 
 
-def check_command_line(arguments: list[str]) -> None:
-    """Raises ValueError for a config or field that does not exist, before absl does."""
-    files = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
-    if len(files) != 1:
-        raise ValueError(
-            "name one config, for example --config=configs/demo.py with its equals "
-            f"sign; got {len(files)} --config= arguments"
-        )
-    check_overrides(arguments, load_config_file(files[0]))
-
-
 def through_json(argument: str) -> str:
     """--config=FILE.json as the config that reads it: settings that run nothing."""
     name = argument.removeprefix("--config=")
@@ -139,14 +148,45 @@ def through_json(argument: str) -> str:
     return f"--config=configs/from_json.py:{name}"
 
 
-if __name__ == "__main__":
-    # absl wants --config before --config.x.y; people write them in any order.
-    arguments = sorted(
-        map(through_json, sys.argv[1:]), key=lambda a: not a.startswith("--config=")
-    )
+def checked(arguments: list[str]) -> list[str]:
+    """The command line as absl wants it: --config first, and a path.
+
+    Raises:
+      ValueError, FileNotFoundError: for a config or field that does not exist, or --on
+        without what it needs, before absl says less.
+    """
+    files = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
+    others = [a for a in arguments if not a.startswith("--config=")]
+    if any(a.startswith("--on") for a in others):
+        if not {"--mode=eval"} & set(others) or not any(
+            a.startswith("--workdir=") for a in others
+        ):
+            raise ValueError(
+                "--on=NAME scores a finished run on other data; give --mode=eval and "
+                "--workdir=RUN with it"
+            )
+        if not files and not any(a.startswith("--config.") for a in others):
+            return others  # With the run's own config.
+    if len(files) != 1:
+        raise ValueError(
+            "name one config, for example --config=demo or --config=configs/demo.py "
+            f"with its equals sign; got {len(files)} --config= arguments"
+        )
+    check_overrides(others, load_config_file(files[0]))
+    name, colon, rows = files[0].partition(":")
+    return [f"--config={config_path(name)}{colon}{rows}", *others]
+
+
+def cli() -> None:
+    """The command: `cxai-train`, or python -m cxai_jax.main."""
+    arguments = [through_json(argument) for argument in sys.argv[1:]]
     if not {"--help", "--helpfull", "--helpshort"} & set(arguments):
         try:
-            check_command_line(arguments)
+            arguments = checked(arguments)
         except EXPLAINED as error:
             sys.exit(f"error: {error}")
     app.run(main, argv=[sys.argv[0], *arguments])
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,4 +1,7 @@
-"""python -m cxai_jax.predict --workdir=RUN --images PATH... --out=DIR
+"""cxai-predict --workdir=RUN --images PATH... --out=DIR
+
+The same as python -m cxai_jax.predict. With --model=DIR it takes a bundle, which
+cxai-export --bundle wrote, instead of a workdir.
 
 Writes predictions.csv, patients.csv where patients are known, overlays/*.png and
 report.html to DIR. Exit code 0: everything was predicted; 1: some files were not, the
@@ -21,6 +24,7 @@ import numpy as np
 
 from cxai_jax import disk, host
 from cxai_jax.data import inputs, novelty, pipeline, reading, transforms
+from cxai_jax.inference import bundle
 from cxai_jax.inference.predictor import Predictor, chosen_sites, load, over_sites
 from cxai_jax.inference.table import OVERLAY_HEIGHT, Prepared, Table, finish, read, row
 from cxai_jax.mesh import make_mesh
@@ -37,8 +41,10 @@ NOT_FINITE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see the module."""
     about_this = __doc__.partition("\n\n")[2]
-    parser = argparse.ArgumentParser("python -m cxai_jax.predict", epilog=about_this)
-    parser.add_argument("--workdir", type=Path, required=True, help="a finished run")
+    parser = argparse.ArgumentParser("cxai-predict", epilog=about_this)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", type=Path, help="a finished run")
+    model.add_argument("--model", help="a bundle: its folder, or a hub id OWNER/NAME")
     parser.add_argument("--images", nargs="+", action="extend", default=[])
     parser.add_argument("more", nargs="*", help="more files, folders or globs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result")
@@ -60,22 +66,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"{done} exists; add --resume to continue, or choose another --out"
         )
-    if given.workdir.is_dir():
+    if given.workdir and given.workdir.is_dir():
         cache = given.workdir.absolute() / "xla_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     found = inputs.find([*given.images, *given.more])
     found = without(found, given.out)
-    errors, about = list(found.errors), {"workdir": str(given.workdir)}
+    errors = list(found.errors)
+    about = {"model": given.model} if given.model else {"workdir": str(given.workdir)}
     if not found.files and not errors:
         errors.append(("--images", "no files were named; give files, folders or globs"))
     try:
-        model = load(given.workdir)
-        known = novelty.load(given.workdir)
-    except (ValueError, FileNotFoundError) as error:
+        folder = bundle.locate(given.model) if given.model else given.workdir
+        model = bundle.read(folder) if given.model else load(folder)
+        known = novelty.load(folder)
+    except (ValueError, FileNotFoundError, ImportError) as error:
         if done.exists():  # Its page stays as it is.
             parser.error(str(error))
         given.out.mkdir(parents=True, exist_ok=True)
-        errors.append((str(given.workdir), str(error)))
+        errors.append((str(given.model or given.workdir), str(error)))
         counts = tally(found, 0, len(found.errors))
         return conclude(given.out, [], errors, [], 0, about, counts)
     if given.votes is not None:
@@ -165,7 +173,7 @@ def predict(
     """
     size, out = model.config.data.image_size, given.out
     network_input = pipeline.fit_for_scoring(model.config)
-    programs = given.workdir / "executables"
+    programs = given.workdir and given.workdir / "executables"
     predictor = Predictor(model, make_mesh(), programs)
     done = {row["file"] for row in rows}  # Frames of a file have rows of their own.
     table = Table(out / "predictions.csv", model.class_names, rows, shown(sites))
@@ -260,7 +268,8 @@ def conclude(out: Path, rows, errors, names, positive, about, counts) -> int:
     for name, text in about.get("rows of patients.csv that name no image", []):
         print(f"unmatched: {name}: {text}", file=sys.stderr)
     print(tally_sentence(counts))
-    print(f"{len(rows)} images, {len(errors)} errors: {out / 'report.html'}")
+    of = f", probabilities are of {names[positive]}" if rows else ""
+    print(f"{len(rows)} images, {len(errors)} errors{of}: {out / 'report.html'}")
     return int(bool(errors)) if rows else 2
 
 

@@ -11,7 +11,15 @@ import pytest
 
 from configs import common, from_json
 from cxai_jax import main
-from cxai_jax.config import check_overrides, claim_workdir, flatten, read_config
+from cxai_jax.config import (
+    PACKAGED,
+    check_overrides,
+    claim_workdir,
+    config_path,
+    flatten,
+    load_config_file,
+    read_config,
+)
 from cxai_jax.training.validate import check_config
 
 REPO = Path(__file__).parents[1]
@@ -61,7 +69,7 @@ def test_a_workdir_belongs_to_the_run_that_saved_there(tmp_path):
         (["--config=configs/nowhere.py"], ["configs/nowhere.py", "siteB"]),
         (["--config=configs/demo.py", "--config.train.epoch=1"], ["train.epochs"]),
         ([], ["--config", "configs/demo.py"]),
-        (["--config=configs/siteB.py"], ["prepare_data", "site_b"]),
+        (["--config=configs/siteB.py"], ["cxai-prepare", "site_b"]),
         (["--config=absent.json"], ["absent.json: cannot be read (No such file"]),
     ],
 )
@@ -144,3 +152,19 @@ def test_a_json_file_is_a_config_of_the_command():
     assert main.through_json("--config=a/b.json") == read
     for argument in (read, "--config=configs/demo.py", "--config.seed=x.json"):
         assert main.through_json(argument) == argument
+
+
+def test_a_config_is_a_file_or_the_name_of_one_in_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "demo.py", "configs/demo.py"):
+        assert config_path(name) == PACKAGED / "demo.py"
+    assert load_config_file("folder:full").augment.vflip is False
+    (tmp_path / "demo.py").write_text(
+        "from configs import common\n\n\ndef get_config():\n"
+        "    config = common.get_config()\n    config.seed = 7\n    return config\n"
+    )
+    assert load_config_file("demo.py").seed == 7  # A file comes first.
+    with pytest.raises(FileNotFoundError, match="^nope does not exist; found: demo.py"):
+        config_path("nope")
+    with pytest.raises(FileNotFoundError, match="^x/demo.py does not exist; .*siteB"):
+        config_path("x/demo.py")

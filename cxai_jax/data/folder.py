@@ -2,22 +2,25 @@
 
 Beside the class folders may lie `splits.csv` (columns file,split) and `patients.csv`
 (columns file,patient); file is `class_name/name.png`, or `name.png` if that is unique.
+Without patients.csv, DICOM files say whose they are (PatientID, stored as a pseudonym).
 Without splits.csv the split is drawn here: patient-disjoint where patients are given,
 else image-level, and labelled so.
 
-Two other layouts of public collections (Normal, Pneumonia, COVID) are read as they
+Where `labels.csv` lies in the folder it says everything instead, see labels.py. Two
+other layouts of public collections (Normal, Pneumonia, COVID) are read as they
 are: `train|val|test/class_name/*`, which gives the split, and `class_name/images/*`
 with lung masks of the same names in `class_name/masks/`.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from cxai_jax.data import splits, store
+from cxai_jax.data import dicom, splits, store
+from cxai_jax.data import labels as labelled
+from cxai_jax.data.positive import positive_class
 from cxai_jax.data.reading import printable
 from cxai_jax.data.records import SPLITS, Dataset, DatasetSpec
 from cxai_jax.data.store import Plan, Source
@@ -33,22 +36,36 @@ def load(data_config: ConfigDict) -> Dataset:
     return store.load(name, split, data_config.data_dir, f"folder --name={name}")
 
 
-def plan_folder(source: str | Path, name: str = "folder") -> Plan:
-    """Reads a tree of class folders.
-
-    Classes are sorted by name. The positive class is the one whose name has "covid" or
-    "positive" but not "non" in it, else the last.
+def plan_folder(
+    source: str | Path,
+    name: str = "folder",
+    positive: str = "",
+    split: str = "",
+    keep_ids: bool = False,
+) -> Plan:
+    """Reads a tree of class folders, or one with labels.csv; classes sorted by name.
 
     Args:
       source: folder that holds one folder per class.
       name: directory name of the prepared data.
+      positive: name of the positive class, see `positive_class`.
+      split: "test" for data that nothing is trained on, such as another hospital's:
+        every image is tested; "" splits as above.
+      keep_ids: where DICOM files name the patients, write PatientID as it is instead
+        of a pseudonym.
 
     Raises:
       FileNotFoundError: if `source` is missing, or a table names an absent image.
-      ValueError: for a wrong folder level, fewer than two classes, a malformed table,
-        or an image that splits.csv does not list.
+      ValueError: for a wrong folder level, fewer than two classes, no clear positive
+        class, a malformed table, or an image that splits.csv does not list.
     """
+    if split not in ("", "test"):
+        raise ValueError(
+            f"--split={split!r} of a folder: give test, to keep every image for testing"
+        )
     source = Path(source)
+    if (source / labelled.TABLE).exists():
+        return labelled.plan_labels(source, name, positive, split, keep_ids)
     roots = _split_folders(source) or {"": source}
     class_names = sorted({c for root in roots.values() for c in _class_folders(root)})
     found = [
@@ -60,17 +77,19 @@ def plan_folder(source: str | Path, name: str = "folder") -> Plan:
     files, labels, folder_splits = zip(*found, strict=True)
     labels = np.array(labels)
     names = [printable(file.relative_to(source)) for file in files]
-    patients = _column(source / "patients.csv", "patient", names) or {}
+    patients = _column(source / "patients.csv", "patient", names)
+    if patients is None:
+        patients = dict(zip(names, dicom.patients(files, keep_ids), strict=True))
     given = _column(source / "splits.csv", "split", names)
     ids = [patients.get(n, "") for n in names]
-    if given is not None:
+    if split == "test":
+        scheme, chosen = "all for testing", ["test"] * len(names)
+    elif given is not None:
         scheme, chosen = "given (splits.csv)", _listed(source, given, names)
     elif "" not in roots:
         scheme, chosen = "given (folders)", folder_splits
-    elif any(ids):
-        scheme, chosen = "patient-disjoint", splits.patient_disjoint(ids, labels)
     else:
-        scheme, chosen = "random (image-level)", splits.random_stratified(labels)
+        scheme, chosen = splits.drawn(ids, labels)
     rows = zip(files, names, labels, chosen, ids, strict=True)
     return Plan(
         name=name,
@@ -78,7 +97,7 @@ def plan_folder(source: str | Path, name: str = "folder") -> Plan:
         split_scheme=scheme,
         class_names=tuple(class_names),
         site_names=(name,),
-        positive=positive_class(class_names),
+        positive=positive_class(class_names, positive),
         sources=[
             Source(f, n, int(y), str(s), p, lung_mask=_mask_of(f))
             for f, n, y, s, p in rows
@@ -90,14 +109,6 @@ def plan_folder(source: str | Path, name: str = "folder") -> Plan:
             if not store.is_image(file)
         ],
     )
-
-
-def positive_class(class_names: Sequence[str]) -> int:
-    """Index of the class called covid or positive (and not "non..."), else the last."""
-    for i, name in enumerate(class_names):
-        if re.search("covid|positive", name.lower()) and "non" not in name.lower():
-            return i
-    return len(class_names) - 1
 
 
 def _split_folders(source: Path) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cxai_jax.data import reading, transforms
+from cxai_jax.data import dicom, reading, transforms
 from cxai_jax.data.reading import printable
 from cxai_jax.data.store import read_table
 
@@ -169,13 +169,7 @@ def _looks_like_image(path: Path) -> bool:
         return False
     if name.endswith(transforms.SUFFIXES + VOLUMES):  # Volumes become errors.
         return True
-    if not os.path.isfile(path):  # A FIFO would never end.
-        return False
-    try:  # Scanners name DICOM files by number, without a suffix.
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    return dicom.is_dicom(path)  # Scanners name files by number, without a suffix.
 
 
 def _dicom_patient(data: bytes) -> str:

@@ -94,6 +94,18 @@ def patient_disjoint(
     return np.array(list(FRACTIONS))[_fill(patients, label, wanted, seed)]
 
 
+def drawn(patients: list[str], labels: np.ndarray) -> tuple[str, np.ndarray]:
+    """The scheme's name and the split of each image, where none is given.
+
+    Args:
+      patients: [N], "" where unknown.
+      labels: int [N].
+    """
+    if any(patients):
+        return "patient-disjoint", patient_disjoint(patients, labels)
+    return "random (image-level)", random_stratified(labels)
+
+
 def grouped_folds(
     patients: np.ndarray, labels: np.ndarray, folds: int, seed: int = 0
 ) -> np.ndarray:

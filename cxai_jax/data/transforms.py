@@ -36,8 +36,8 @@ def open_gray(path: str | Path) -> np.ndarray:
     transparency is laid over black, camera rotation is undone. Integers of more than 8
     bits are divided by the full scale (8, 12 or 16 bits) that holds their maximum;
     floats and signed integers go from their minimum to their maximum. DICOM: modality
-    LUT, then the file's own window (without one: the lung window for CT, otherwise
-    minimum to maximum); MONOCHROME1 is inverted.
+    LUT, then the file's own VOI LUT or window (without one: the lung window for CT,
+    otherwise minimum to maximum); MONOCHROME1 is inverted.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -364,6 +364,10 @@ def _decode_dicom(data: bytes, window: tuple[float, float] | None) -> list[np.nd
     grays = []
     for i in range(len(frames)):
         voi = _of_frame(header, i, "FrameVOILUT")
+        if not window and _is_curved(voi):
+            shown, *ends = _through_voi_lut(header, voi, values_of(i)(slice(None)))
+            grays.append(_stretched(shown.__getitem__, rows, shape, *ends))
+            continue
         if window:
             centre, width = window
         elif voi.get("WindowCenter") is not None and voi.get("WindowWidth"):
@@ -381,6 +385,29 @@ def _decode_dicom(data: bytes, window: tuple[float, float] | None) -> list[np.nd
         grays.append(_stretched(values_of(i), rows, shape, *ends))
     inverted = header.PhotometricInterpretation == "MONOCHROME1"
     return [255 - gray for gray in grays] if inverted else grays
+
+
+def _is_curved(voi) -> bool:
+    """Whether a header asks for more than a straight window: a table or a function."""
+    function = str(voi.get("VOILUTFunction") or "LINEAR")
+    return bool(voi.get("VOILUTSequence")) or (
+        function != "LINEAR" and bool(voi.get("WindowWidth"))
+    )
+
+
+def _through_voi_lut(header, voi, values: np.ndarray):
+    """`values` [H, W] through the VOI LUT or function, and the ends of its range."""
+    from pydicom.pixels import apply_voi_lut
+
+    if voi is not header:  # Of one frame: pydicom looks for the rest beside it.
+        for key in ("BitsStored", "PixelRepresentation", "PhotometricInterpretation"):
+            setattr(voi, key, header[key].value)
+    if table := voi.get("VOILUTSequence"):
+        whole = np.round(values).astype(np.int32)
+        return apply_voi_lut(whole, voi), 0, 2 ** int(table[0].LUTDescriptor[2]) - 1
+    with np.errstate(over="ignore"):  # A sigmoid far outside its window.
+        low, high = apply_voi_lut(np.array([-1e9, 1e9]), voi)
+        return apply_voi_lut(values, voi), float(low), float(high)
 
 
 def _check_codestreams(header) -> None:

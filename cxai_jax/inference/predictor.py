@@ -16,6 +16,7 @@ from cxai_jax import models
 from cxai_jax.config import read_config
 from cxai_jax.data.augment import Scale
 from cxai_jax.inference.program_cache import Executables
+from cxai_jax.methods.method import Network
 from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.training.run import build_network, make_method
 from cxai_jax.types import PyTree
@@ -58,14 +59,8 @@ def load(workdir: Path) -> Trained:
             "its last checkpoint with --mode=eval"
         )
     data = read_json(results, "data")["data"]
-    class_names, site_names, _ = _names(data, results)
-    # The checkpoint replaces pretrained weights, so they need not be found again.
-    fresh = config.copy_and_resolve_references()
-    fresh.model.pretrained = ""
     try:
-        network = build_network(
-            fresh, len(class_names), num_sites=len(site_names), abstract=True
-        )
+        network = empty_network(config, *names_of(data, results)[:2])
         method = make_method(config, network, total_steps=1)
     except (AttributeError, KeyError, TypeError) as error:
         path = workdir / "config.json"
@@ -82,7 +77,32 @@ def load(workdir: Path) -> Trained:
     state, step, about = restored
     # Of the run that trained, whoever scored it since.
     data = about.get("data", {}).get("", data)
-    class_names, site_names, positive = _names(data, results)
+    return assemble(
+        config, names_of(data, results), network, method.scored(state), step
+    )
+
+
+def empty_network(
+    config: ConfigDict, class_names: Sequence[str], site_names: Sequence[str]
+) -> Network:
+    """The network of a run without weights: its variables are shapes."""
+    # Pretrained weights will be replaced, so they need not be found again.
+    fresh = config.copy_and_resolve_references()
+    fresh.model.pretrained = ""
+    return build_network(
+        fresh, len(class_names), num_sites=len(site_names), abstract=True
+    )
+
+
+def assemble(
+    config: ConfigDict,
+    names: tuple[list[str], list[str], int],
+    network: Network,
+    variables: PyTree,
+    step: int,
+) -> Trained:
+    """A trained model from its parts; `names` of classes and sites, and positive."""
+    class_names, site_names, positive = names
     return Trained(
         config=config,
         class_names=class_names,
@@ -90,12 +110,12 @@ def load(workdir: Path) -> Trained:
         positive=positive,
         model=network.model,
         scale=network.scale,
-        variables=method.scored(state),
+        variables=variables,
         step=step,
     )
 
 
-def _names(data, results: Path) -> tuple[list[str], list[str], int]:
+def names_of(data, results: Path) -> tuple[list[str], list[str], int]:
     """Names of the classes and sites of a run's data; the positive class' index."""
     found = data if isinstance(data, dict) else {}
     classes, sites = found.get("class_names"), found.get("site_names")

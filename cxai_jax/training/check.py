@@ -84,7 +84,7 @@ def unused_gpu(device: Path = Path("/dev/nvidia0")) -> str:
         return ""
     return (
         "there is an NVIDIA GPU but jax runs on the CPU; install its GPU build with "
-        "pip install -c constraints.txt -e '.[cuda]'"
+        "pip install 'jax[cuda13]'"
     )
 
 

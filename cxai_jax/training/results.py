@@ -92,10 +92,12 @@ def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
         validation = run.evaluator.predict(
             variables, run.validation, votes=False, stoppable=True
         )
-        calibrated = calibration.calibrate(
-            (validation["logits"], validation["labels"]),
-            (predictions["logits"], predictions["labels"]),
-            positive=dataset.positive,
+        positive = dataset.positive
+        fitted = calibration.fit(
+            validation["logits"], validation["labels"], positive=positive
+        )
+        calibrated = calibration.measure(
+            fitted, predictions["logits"], predictions["labels"], positive=positive
         )
     optimistic = [row[split]["accuracy"] for row in run.curve if split in row]
     return {

@@ -194,6 +194,31 @@ def dicom(values, **tags):
     return buffer.getvalue()
 
 
+def test_a_voi_lut_is_looked_up():
+    pydicom = pytest.importorskip("pydicom")
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.LUTData = [4, 10, 8], [0, 255, 51, 102]
+    dataset = pydicom.dcmread(io.BytesIO(dicom(np.array([[0, 10, 11, 12, 13, 99]]))))
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "US"
+    dataset.VOILUTSequence = [table]
+    dataset.WindowCenter, dataset.WindowWidth = 500, 10  # The table comes first.
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    gray = transforms.decode_gray(buffer.getvalue(), "a.dcm")
+    assert gray[0, :, 0].tolist() == [0, 0, 255, 51, 102, 102]
+    # A window that is asked for replaces it.
+    (frame,) = transforms.decode_frames(buffer.getvalue(), "a.dcm", (50, 100))
+    assert frame[0, -1] == 252
+
+
+def test_a_sigmoid_window():
+    tags = {"WindowCenter": 100, "WindowWidth": 40, "VOILUTFunction": "SIGMOID"}
+    values = np.array([[0, 80, 100, 120, 65535]])
+    gray = transforms.decode_gray(dicom(values, **tags), "a.dcm")[0, :, 0]
+    expected = 255 / (1 + np.exp(-4 * (values[0] - 100.0) / 40))
+    np.testing.assert_allclose(gray, expected, atol=1)
+
+
 HU = np.array([[-1350, -600, 150, 900]])  # Edges and centre of the lung window.
 SLOPE = {"RescaleIntercept": -2000, "RescaleSlope": 1}
 

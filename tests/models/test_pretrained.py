@@ -20,8 +20,8 @@ from flax.traverse_util import flatten_dict
 
 from configs.common import get_config
 from cxai_jax import models
+from cxai_jax.models import convert as converter
 from cxai_jax.models import pretrained, weight_files
-from tools import convert_weights
 
 
 def variables_of(name, num_classes=1000, **fields):
@@ -505,7 +505,7 @@ def test_convert_weights_checks_and_writes_an_npz(tmp_path, monkeypatch, capsys)
         np.savez(source, **tensors)
         arguments = ["--model=resnet18", f"--source={source}", f"--output={output}"]
         monkeypatch.setattr(sys, "argv", ["convert_weights.py", *arguments])
-        convert_weights.main()
+        converter.main()
 
     convert(tensors)
     assert "102 tensors of resnet18, 1 ignored" in capsys.readouterr().out

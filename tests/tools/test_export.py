@@ -2,17 +2,16 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import REPO
 from untrained_run import make_run
 
-from cxai_jax.inference import predictor
+from cxai_jax.inference import export, predictor
 from cxai_jax.voting import rules
 from cxai_jax.voting.forward import make_predict_step
-from tools import export_model
 
 pytest.importorskip("flatbuffers")
 
@@ -27,9 +26,9 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("votes", [0, 3])
 def test_exported_equals_live(run, tmp_path, votes):
     file = tmp_path / "model.bin"
-    export_model.main([f"--workdir={run}", f"--out={file}", f"--votes={votes}"])
+    export.main([f"--workdir={run}", f"--out={file}", f"--votes={votes}"])
     exported = jax.export.deserialize(bytearray(file.read_bytes()))
-    assert exported.platforms == export_model.PLATFORMS
+    assert exported.platforms == export.PLATFORMS
     model = predictor.load(run)
     model.config.tta.k = votes
     images = np.random.default_rng(0).integers(0, 255, (3, 32, 32), np.uint8)
@@ -63,7 +62,7 @@ def test_a_file_is_for_one_site(tmp_path, capsys):
     options = [f"--workdir={workdir}", f"--out={file}"]
     model = predictor.load(workdir)
     images = np.random.default_rng(0).integers(0, 255, (2, 32, 32), np.uint8)
-    export_model.main([*options, f"--site={model.site_names[1]}"])
+    export.main([*options, f"--site={model.site_names[1]}"])
     exported = jax.export.deserialize(bytearray(file.read_bytes()))
     model.config.tta.k = 0
     predict = jax.jit(make_predict_step(model.model, model.scale, model.config.tta))
@@ -71,15 +70,15 @@ def test_a_file_is_for_one_site(tmp_path, capsys):
     for i, chances in enumerate(exported.call(images)["probability"].values()):
         np.testing.assert_allclose(chances, live["probs"][:, 0, i], atol=1e-5)
     with pytest.raises(SystemExit):
-        export_model.main([*options, "--site=each"])
+        export.main([*options, "--site=each"])
     assert "a file is for one site; export one for each" in capsys.readouterr().err
 
 
 def test_the_reader_needs_no_package_of_ours(run, tmp_path):
     file, images = tmp_path / "model.bin", tmp_path / "images.npy"
-    export_model.main([f"--workdir={run}", f"--out={file}"])
+    export.main([f"--workdir={run}", f"--out={file}"])
     np.save(images, np.zeros((2, 32, 32), np.uint8))
-    reader = Path(export_model.__file__).parent / "run_exported.py"
+    reader = REPO / "tools" / "run_exported.py"
     assert "cxai_jax" not in reader.read_text()
     said = subprocess.run(
         [sys.executable, reader, file, images],
@@ -93,6 +92,6 @@ def test_the_reader_needs_no_package_of_ours(run, tmp_path):
 
 def test_a_workdir_without_a_run_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        export_model.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}"])
+        export.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}"])
     assert stopped.value.code == 2
     assert "is not the workdir of a run" in capsys.readouterr().err

@@ -125,14 +125,14 @@ def test_swapped_labels_are_suspected(caplog):
 )
 def test_a_mistyped_command_line_is_explained(arguments, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        main.check_command_line(arguments)
+        main.checked(arguments)
 
 
 def test_an_unused_gpu_is_pointed_out(tmp_path, monkeypatch):
     monkeypatch.setattr(check.jax, "default_backend", lambda: "cpu")
     assert check.unused_gpu(tmp_path / "nvidia0") == ""
     (tmp_path / "nvidia0").touch()
-    assert "-e '.[cuda]'" in check.unused_gpu(tmp_path / "nvidia0")
+    assert "pip install 'jax[cuda13]'" in check.unused_gpu(tmp_path / "nvidia0")
 
 
 class Memory:
