@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from cxai_jax import host
 from cxai_jax.config import check_overrides, load_config_file
-from cxai_jax.report.pages import summary
+from cxai_jax.report.terminal import summary
 from cxai_jax.training import check
 from cxai_jax.training.loop import score, train
 

@@ -3,18 +3,23 @@ tensorboardX is installed (extra `log`), Weights & Biases where WANDB_PROJECT is
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes JSON in one move: a reader sees the old file or the new, never half."""
+    """Writes JSON in one move: a reader sees the old file or the new, never half.
+
+    NaN and infinity, which JSON does not have, become null.
+    """
     temporary = path.with_suffix(path.suffix + ".tmp")
-    text = json.dumps(value, indent=1, default=_plain, allow_nan=True)
+    text = json.dumps(strict(value), indent=1, allow_nan=False)
     temporary.write_text(text + "\n")
     os.replace(temporary, path)
 
@@ -50,12 +55,17 @@ def _lines(path: Path) -> list[str]:
     return path.read_text("utf-8", errors="replace").split("\n")
 
 
-def _plain(value):
-    if isinstance(value, np.generic):
-        return value.item()
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return str(value)
+def strict(value):
+    """The value as JSON has it: plain numbers, lists and dicts; null for NaN, inf."""
+    if isinstance(value, np.generic) or hasattr(value, "tolist"):
+        return strict(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 class Writer:
@@ -92,7 +102,8 @@ class Writer:
             return
         values = {name: float(value) for name, value in values.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            row = strict({"step": step, **values})
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)

@@ -139,6 +139,8 @@ def score(predictions: dict, dataset: Dataset, config) -> dict:
     everything = np.arange(len(labels))
     original = probs[:, 0]
     result = {"all": scored(everything, original)}
+    if probs.shape[2] > 2:
+        result["per_class"] = per_class(labels, original, dataset.class_names)
     places = {
         name: np.flatnonzero(sites == site)
         for site, name in enumerate(dataset.site_names)
@@ -159,6 +161,21 @@ def score(predictions: dict, dataset: Dataset, config) -> dict:
     if probs.shape[1] > 1:
         result |= voted(predictions, config, scored, everything, places)
     return result
+
+
+def per_class(labels: np.ndarray, probs: np.ndarray, class_names) -> dict[str, dict]:
+    """Name -> images and scores of each class against all others."""
+    rates = metrics.class_rates(
+        metrics.confusion(labels, probs.argmax(1), len(class_names))
+    )
+    return {
+        name: {
+            "number": int((labels == c).sum()),
+            **{key: float(values[c]) for key, values in rates.items()},
+            "auc": metrics.auc(labels == c, probs[:, c]),
+        }
+        for c, name in enumerate(class_names)
+    }
 
 
 def voted(predictions: dict, config, scored, everything, places: dict) -> dict:

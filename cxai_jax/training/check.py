@@ -15,7 +15,7 @@ import numpy as np
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.data.records import Dataset, Records
-from cxai_jax.report import figures
+from cxai_jax.report import pictures
 from cxai_jax.training import preview
 from cxai_jax.training.compile import compile_run
 from cxai_jax.training.results import versions
@@ -50,7 +50,7 @@ def check(config, workdir: Path) -> str:
     fit = fit_records(run.sources, config.data.fit)
     lines += describe_data(run.dataset)
     picture = workdir / "check.png"
-    picture.write_bytes(figures.encode(montage(config, run.dataset, fit), "PNG"))
+    picture.write_bytes(pictures.encode(montage(config, run.dataset, fit), "PNG"))
     lines.append(
         f"pictures   {picture}: rows of each class, then as the step sees them"
     )
