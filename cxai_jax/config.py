@@ -4,12 +4,17 @@ import ast
 import difflib
 import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from cxai_jax.writer import read_json, write_json
 
+# A wheel carries the configs of the repository inside the package.
+HERE = Path(__file__).parent
+PACKAGED = next(f / "configs" for f in (HERE, HERE.parent) if (f / "configs").is_dir())
 # Fields that may change when a run is continued: they leave the training as it is.
 FREE_FIELDS = (
     "data.data_dir",
@@ -45,24 +50,53 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def load_config_file(spec: str) -> ConfigDict:
-    """The config of "configs/siteB.py:full,lite0".
+def config_path(name: str) -> Path:
+    """The file of a config: a path, or the name of one that comes with the package.
+
+    Args:
+      name: "mine.py", "demo", "configs/demo.py"; a file that exists comes first.
 
     Raises:
-      FileNotFoundError: if there is no such file, listing its neighbours.
+      FileNotFoundError: if there is neither, listing what there is.
+    """
+    if "\\" in name:
+        raise FileNotFoundError(
+            f"{name}: write the config as a name, demo, or with forward slashes, "
+            "configs/demo.py; on Windows work inside WSL"
+        )
+    path = Path(name)
+    packaged = PACKAGED / f"{path.stem}.py"
+    if path.is_file():
+        return path
+    if str(path.parent) in (".", "configs") and packaged.is_file():
+        return packaged
+    known = ", ".join(sorted(p.stem for p in PACKAGED.glob("*.py")))
+    beside = sorted(str(p) for p in path.parent.glob("*.py"))
+    raise FileNotFoundError(
+        f"{name} does not exist; found: {', '.join([*beside, known])}"
+    )
+
+
+def provide_configs() -> None:
+    """Lets config files say `from configs import common` wherever they lie."""
+    try:
+        importlib.import_module("configs.common")
+    except ModuleNotFoundError:
+        package = types.ModuleType("configs")
+        package.__path__ = [str(PACKAGED)]
+        sys.modules["configs"] = package
+
+
+def load_config_file(spec: str) -> ConfigDict:
+    """The config of "siteB:full,lite0" or "configs/siteB.py:full,lite0".
+
+    Raises:
+      FileNotFoundError: if there is no such file, listing what there is.
       ValueError: for an unknown word after the colon, or a field of another type.
     """
-    if "\\" in spec:
-        raise FileNotFoundError(
-            f"{spec}: write the config with forward slashes and relative to the "
-            "repository's root, as configs/demo.py; on Windows work inside WSL"
-        )
     name, _, words = spec.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        found = sorted(str(p) for p in (path.parent or Path(".")).glob("*.py"))
-        found = found or ["no configs; run from the repository's root"]
-        raise FileNotFoundError(f"{name} does not exist; found: {', '.join(found)}")
+    path = config_path(name)
+    provide_configs()
     module = importlib.util.module_from_spec(
         importlib.util.spec_from_file_location(path.stem, path)
     )

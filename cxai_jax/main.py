@@ -1,4 +1,7 @@
-"""python -m cxai_jax.main --config=configs/siteB.py:full,lite0 --workdir=runs/b"""
+"""cxai-train --config=siteB:full,lite0 --workdir=runs/b
+
+The same: python -m cxai_jax.main --config=configs/siteB.py:full,lite0 --workdir=runs/b
+"""
 
 import logging
 import sys
@@ -10,19 +13,23 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from cxai_jax import host
-from cxai_jax.config import check_overrides, load_config_file
+from cxai_jax.config import check_overrides, config_path, load_config_file
+from cxai_jax.inference.external import score_external
 from cxai_jax.report.terminal import summary
 from cxai_jax.training import check
 from cxai_jax.training.loop import score, train
 
 FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file("config", None, "File under configs/.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or name, :ROWS.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Results; default runs/<config name>.")
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "eval", "check"],
     "Train and score; score a checkpoint; or check everything without a run.",
+)
+ON = flags.DEFINE_string(
+    "on", "", "With --mode=eval: other data, as folder:NAME; results in eval/NAME."
 )
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other hosts, which Slurm or the TPU pod tells of."
@@ -42,10 +49,7 @@ def main(_) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for noisy in ("absl", "orbax", "jax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    name, _, rows = config_flags.get_config_filename(FLAGS["config"]).partition(":")
-    rows = Path(rows).stem if rows.endswith(".json") else rows
-    default = Path("runs", "-".join([Path(name).stem, *filter(None, rows.split(","))]))
-    workdir = Path(WORKDIR.value or default)
+    workdir = Path(WORKDIR.value or default_workdir())
     jax.config.update(
         "jax_compilation_cache_dir", str(workdir.absolute() / "xla_cache")
     )
@@ -56,9 +60,12 @@ def main(_) -> None:
         else:
             if warning := check.unused_gpu():
                 logging.warning(warning)
-            run = {"train": train, "eval": score}[MODE.value]
-            text = summary(run(CONFIG.value, workdir))
-            text += f"\nreport: {workdir / 'report.html'}"
+            if ON.value:
+                out, results = score_external(CONFIG.value, workdir, ON.value)
+            else:
+                run = {"train": train, "eval": score}[MODE.value]
+                out, results = workdir, run(CONFIG.value, workdir)
+            text = f"{summary(results)}\nreport: {out / 'report.html'}"
     except EXPLAINED as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
@@ -67,6 +74,12 @@ def main(_) -> None:
         sys.exit(f"error: {out_of_memory(CONFIG.value)}")
     if jax.process_index() == 0:
         print(text)
+
+
+def default_workdir() -> Path:
+    """runs/CONFIG-ROW-ROW."""
+    name, _, rows = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    return Path("runs", "-".join([Path(name).stem, *filter(None, rows.split(","))]))
 
 
 def join_hosts() -> None:
@@ -96,15 +109,45 @@ def out_of_memory(config) -> str:
     )
 
 
-def check_command_line(arguments: list[str]) -> None:
-    """Raises ValueError for a config or field that does not exist, before absl does."""
+def checked(arguments: list[str]) -> list[str]:
+    """The command line as absl wants it: --config first, and a path.
+
+    Raises:
+      ValueError, FileNotFoundError: for a config or field that does not exist, or --on
+        without what it needs, before absl says less.
+    """
+    arguments = list(map(through_json, arguments))
     files = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
+    others = [a for a in arguments if not a.startswith("--config=")]
+    if any(a.startswith("--on") for a in others):
+        if not {"--mode=eval"} & set(others) or not any(
+            a.startswith("--workdir=") for a in others
+        ):
+            raise ValueError(
+                "--on=NAME scores a finished run on other data; give --mode=eval and "
+                "--workdir=RUN with it"
+            )
+        if not files and not any(a.startswith("--config.") for a in others):
+            return others  # With the run's own config.
     if len(files) != 1:
         raise ValueError(
-            "name one config, for example --config=configs/demo.py with its equals "
-            f"sign; got {len(files)} --config= arguments"
+            "name one config, for example --config=demo or --config=configs/demo.py "
+            f"with its equals sign; got {len(files)} --config= arguments"
         )
-    check_overrides(arguments, load_config_file(files[0]))
+    check_overrides(others, load_config_file(files[0]))
+    name, colon, rows = files[0].partition(":")
+    return [f"--config={config_path(name)}{colon}{rows}", *others]
+
+
+def cli() -> None:
+    """The command: `cxai-train`, or python -m cxai_jax.main."""
+    arguments = sys.argv[1:]
+    if not {"--help", "--helpfull", "--helpshort"} & set(arguments):
+        try:
+            arguments = checked(arguments)
+        except EXPLAINED as error:
+            sys.exit(f"error: {error}")
+    app.run(main, argv=[sys.argv[0], *arguments])
 
 
 def through_json(argument: str) -> str:
@@ -116,13 +159,4 @@ def through_json(argument: str) -> str:
 
 
 if __name__ == "__main__":
-    # absl wants --config before --config.x.y; people write them in any order.
-    arguments = sorted(
-        map(through_json, sys.argv[1:]), key=lambda a: not a.startswith("--config=")
-    )
-    if not {"--help", "--helpfull", "--helpshort"} & set(arguments):
-        try:
-            check_command_line(arguments)
-        except EXPLAINED as error:
-            sys.exit(f"error: {error}")
-    app.run(main, argv=[sys.argv[0], *arguments])
+    cli()

@@ -1,13 +1,16 @@
 """A workdir as a run leaves it, with untrained weights: made without a train step."""
 
+import json
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from configs import demo
 from cxai_jax import data
 from cxai_jax.config import claim_workdir
 from cxai_jax.data import novelty
+from cxai_jax.scoring import evaluate
 from cxai_jax.training import run as runs
 from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.writer import write_json
@@ -52,7 +55,17 @@ def make_run(workdir: Path, **model_fields):
     names = list(dataset.class_names)
     about = {"class_names": names, "positive": names[dataset.positive]}
     about["site_names"] = list(dataset.site_names)
-    write_json(workdir / "results.json", {"data": about})
+    probs = np.full((len(dataset.splits["test"]), 1, 2), 0.5)
+    test = dataset.splits["test"]
+    scored = {"probs": probs, "labels": test.labels, "sites": test.sites}
+    scored |= {"names": test.names, "patients": test.patients}
+    about |= {"name": "phantom", "split_scheme": dataset.split_scheme}
+    about["counts"] = {name: len(records) for name, records in dataset.splits.items()}
+    about["leakage"] = {"verdict": "clean"}
+    results = {"data": about, "metrics": evaluate.score(scored, dataset, config)}
+    results |= {"calibration": {}, "maps": {"scale": 10.0}, "versions": {}}
+    results["config"] = json.loads(config.to_json())
+    write_json(workdir / "results.json", results)
     records = dataset.splits["train"]
     write_json(workdir / novelty.FILE, novelty.describe(records))
     return config, records

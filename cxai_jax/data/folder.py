@@ -10,7 +10,6 @@ are: `train|val|test/class_name/*`, which gives the split, and `class_name/image
 with lung masks of the same names in `class_name/masks/`.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cxai_jax.data import splits, store
+from cxai_jax.data.positive import positive_class
 from cxai_jax.data.reading import printable
 from cxai_jax.data.records import SPLITS, Dataset, DatasetSpec
 from cxai_jax.data.store import Plan, Source
@@ -33,21 +33,27 @@ def load(data_config: ConfigDict) -> Dataset:
     return store.load(name, split, data_config.data_dir, f"folder --name={name}")
 
 
-def plan_folder(source: str | Path, name: str = "folder") -> Plan:
-    """Reads a tree of class folders.
-
-    Classes are sorted by name. The positive class is the one whose name has "covid" or
-    "positive" but not "non" in it, else the last.
+def plan_folder(
+    source: str | Path, name: str = "folder", positive: str = "", split: str = ""
+) -> Plan:
+    """Reads a tree of class folders; classes are sorted by name.
 
     Args:
       source: folder that holds one folder per class.
       name: directory name of the prepared data.
+      positive: name of the positive class, see `positive_class`.
+      split: "test" for data that nothing is trained on, such as another hospital's:
+        every image is tested; "" splits as above.
 
     Raises:
       FileNotFoundError: if `source` is missing, or a table names an absent image.
-      ValueError: for a wrong folder level, fewer than two classes, a malformed table,
-        or an image that splits.csv does not list.
+      ValueError: for a wrong folder level, fewer than two classes, no clear positive
+        class, a malformed table, or an image that splits.csv does not list.
     """
+    if split not in ("", "test"):
+        raise ValueError(
+            f"--split={split!r} of a folder: give test, to keep every image for testing"
+        )
     source = Path(source)
     roots = _split_folders(source) or {"": source}
     class_names = sorted({c for root in roots.values() for c in _class_folders(root)})
@@ -63,7 +69,9 @@ def plan_folder(source: str | Path, name: str = "folder") -> Plan:
     patients = _column(source / "patients.csv", "patient", names) or {}
     given = _column(source / "splits.csv", "split", names)
     ids = [patients.get(n, "") for n in names]
-    if given is not None:
+    if split == "test":
+        scheme, chosen = "all for testing", ["test"] * len(names)
+    elif given is not None:
         scheme, chosen = "given (splits.csv)", _listed(source, given, names)
     elif "" not in roots:
         scheme, chosen = "given (folders)", folder_splits
@@ -78,7 +86,7 @@ def plan_folder(source: str | Path, name: str = "folder") -> Plan:
         split_scheme=scheme,
         class_names=tuple(class_names),
         site_names=(name,),
-        positive=positive_class(class_names),
+        positive=positive_class(class_names, positive),
         sources=[
             Source(f, n, int(y), str(s), p, lung_mask=_mask_of(f))
             for f, n, y, s, p in rows
@@ -90,14 +98,6 @@ def plan_folder(source: str | Path, name: str = "folder") -> Plan:
             if not store.is_image(file)
         ],
     )
-
-
-def positive_class(class_names: Sequence[str]) -> int:
-    """Index of the class called covid or positive (and not "non..."), else the last."""
-    for i, name in enumerate(class_names):
-        if re.search("covid|positive", name.lower()) and "non" not in name.lower():
-            return i
-    return len(class_names) - 1
 
 
 def _split_folders(source: Path) -> dict[str, Path]:

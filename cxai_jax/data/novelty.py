@@ -19,6 +19,7 @@ FILE = "training_images.json"
 SIDE = 16  # Rows and columns of the difference hash: 256 bits.
 RISE = 4  # Grey levels that count as a rise: noise of a dark background does not.
 SAME = 8  # Bits in which two hashes of one picture differ at most.
+SEEN = "seen in training"
 # Statistic -> (flag below the training range, flag above it).
 FLAGS = {
     "aspect": (
@@ -136,7 +137,7 @@ def flags(image: np.ndarray, known: dict, input_size: int) -> list[str]:
     """
     found = []
     if is_known(image, known["difference_hashes"]):
-        found.append("seen in training")
+        found.append(SEEN)
     if min(image.shape[:2]) < input_size:
         found.append(
             f"small: {image.shape[1]} x {image.shape[0]} pixels, enlarged to "

@@ -155,9 +155,9 @@ class DatasetSpec(NamedTuple):
 
     Args:
       load: function of `config.data` that returns a Dataset.
-      plan: function of the source folder, and of those options of tools/prepare_data.py
-        that its parameters name (split, split_files, name), that returns a store.Plan;
-        None where nothing has to be prepared.
+      plan: function of the source folder, and of those options of cxai-prepare
+        that its parameters name (split, split_files, name, positive), that returns a
+        store.Plan; None where nothing has to be prepared.
       channels: of the stored images: 1 gray, 3 colour.
       side: pixels, short side of the stored images; None stores them as they are.
     """

@@ -258,7 +258,7 @@ def build(
 
     seen = [0]
     used = [split for split in SPLITS if any(s.split == split for s in plan.sources)]
-    target = Path(data_dir) / plan.name / plan.split / VERSION
+    target = place(data_dir, plan.name, plan.split)
     Path(data_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".building-") as scratch:
         tfds.disable_progress_bar()
@@ -272,6 +272,7 @@ def build(
             )
             builder.download_and_prepare()
         summary = _summary(plan, rows, skipped)
+        _check_kept(plan, summary["counts"])
         written = Path(builder.data_dir)
         _write_index(written / "index.csv", [row[0] for row in rows])
         (written / "summary.json").write_text(
@@ -284,6 +285,11 @@ def build(
     return summary
 
 
+def place(data_dir: str | Path, name: str, split: str) -> Path:
+    """Where a prepared data set lies."""
+    return Path(data_dir) / name / split / VERSION
+
+
 def load(
     name: str, split: str, data_dir: str | Path, dataset: str | None = None
 ) -> Dataset:
@@ -293,19 +299,19 @@ def load(
       name: directory under data_dir.
       split: directory under that.
       data_dir: root of all prepared data sets.
-      dataset: how tools/prepare_data.py calls it; None is `name`.
+      dataset: how cxai-prepare calls it; None is `name`.
 
     Raises:
       FileNotFoundError: if it has not been prepared.
       ValueError: if its files do not fit together.
     """
-    directory = Path(data_dir) / name / split / VERSION
+    directory = place(data_dir, name, split)
     if not (directory / "summary.json").is_file():
         others = sorted(p.parts[-3] for p in directory.parents[1].glob("*/*/*.json"))
         others = ", ".join(dict.fromkeys(others)) or "none"
         raise FileNotFoundError(
             f"{directory} is not prepared (prepared splits of {name}: {others}); run "
-            f"python tools/prepare_data.py --dataset={dataset or name} --source=DIR "
+            f"cxai-prepare --dataset={dataset or name} --source=DIR "
             f"--data_dir={data_dir}, or set config.data.data_dir and config.data.split "
             "to what it wrote"
         )
@@ -372,6 +378,17 @@ def _check(plan: Plan, skip_bad: bool) -> None:
             raise ValueError(
                 f"{source.name}: label {source.label}, expected 0 to "
                 f"{len(plan.class_names) - 1} ({', '.join(plan.class_names)})"
+            )
+
+
+def _check_kept(plan: Plan, counts: dict[str, dict[str, int]]) -> None:
+    """Raises ValueError if all images of a class of a split were left out."""
+    for source in plan.sources:
+        name = plan.class_names[source.label]
+        if not counts[source.split][name]:
+            raise ValueError(
+                f"no image of the class {name!r} of the split {source.split!r} can be "
+                "read; mend some of them"
             )
 
 

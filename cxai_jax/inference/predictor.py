@@ -29,6 +29,9 @@ from cxai_jax.voting.forward import (
 )
 from cxai_jax.writer import read_json
 
+# Of results.json: what the card of a model shows and its decisions need.
+CARD = ("metrics", "calibration", "config", "versions")
+
 
 class Trained(NamedTuple):
     """What is needed to use a trained model."""
@@ -41,6 +44,8 @@ class Trained(NamedTuple):
     scale: Scale
     variables: PyTree  # NumPy arrays: params and batch_stats.
     step: int  # Of the checkpoint that the run's selection rule chose.
+    results: dict  # Contents of results.json.
+    map_scale: float  # Value of the highest colour of its maps.
 
 
 def load(workdir: Path) -> Trained:
@@ -88,7 +93,19 @@ def load(workdir: Path) -> Trained:
         scale=network.scale,
         variables=method.scored(state),
         step=step,
+        results=read_json(results),
+        map_scale=_map_scale(results),
     )
+
+
+def _map_scale(path: Path) -> float:
+    """The scale of the run's maps; results of earlier versions lack it."""
+    again = "score the run again with --mode=eval to write it"
+    found = read_json(path, *CARD).get("maps")
+    try:
+        return float(found["scale"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} lacks the scale of the maps; {again}") from None
 
 
 def _names(results: Path) -> tuple[list[str], list[str], int]:

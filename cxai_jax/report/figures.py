@@ -139,7 +139,9 @@ def training_loss(log: Sequence[dict]) -> Figure:
     terms = dict.fromkeys(name for row in rows for name in row)
     with chart() as (figure, axes):
         for name in ("loss", *(t for t in terms if t in LOSS_TERMS)):
-            axes.plot(steps, np.array([row.get(name) for row in rows], float), label=name)
+            axes.plot(
+                steps, np.array([row.get(name) for row in rows], float), label=name
+            )
         axes.set(xlabel="step", ylabel="training loss")
         figure.legend(loc="outside upper center", ncols=2)  # Off the lines.
     return figure

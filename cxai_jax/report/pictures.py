@@ -66,6 +66,12 @@ def evidence(class_maps: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return chosen[..., 0] - class_maps.mean(3)
 
 
+def scale_of(predictions: dict) -> float:
+    """The common scale of scored images' maps, each of the predicted class."""
+    labels = predictions["probs"][:, 0].argmax(1)
+    return common_scale(evidence(predictions["class_maps"], labels))
+
+
 def colours(values: np.ndarray) -> np.ndarray:
     """0..1 [...] -> the colour of the map, float [..., 3] in 0..255."""
     places = np.linspace(0, 1, len(VIRIDIS))

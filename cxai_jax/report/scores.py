@@ -14,7 +14,7 @@ SCORES = {  # Key in results.json -> heading.
 }
 HARD = ("accuracy", "precision", "recall", "specificity", "f1")  # Need no score.
 OF_CLASS = ("precision", "recall", "specificity", "f1", "auc")
-UNDEFINED = "not defined"
+UNDEFINED, UNATTAINABLE = "not defined", "not attainable"
 FEW = 50  # Validation images below which what is fitted on them is a guess.
 
 
@@ -26,6 +26,15 @@ def defined(value: float | None) -> bool:
 def percent(value: float | None) -> str:
     """0.913 -> "91.3 %"."""
     return f"{100 * value:.1f} %" if defined(value) else UNDEFINED
+
+
+def operating_point(point: dict) -> str:
+    """ "Specificity 90.0 %: 0.731" of a row of the fitted operating points."""
+    wanted = next(key for key in point if key.endswith("_wanted"))
+    title = f"{wanted.removesuffix('_wanted').capitalize()} {percent(point[wanted])}"
+    if defined(point["threshold"]):
+        title += f": {point['threshold']:.3f}"
+    return title
 
 
 def groups(scored: dict) -> Iterable[tuple[str, dict]]:

@@ -22,7 +22,21 @@ def run_report(
     log: Sequence[dict],
     explanations: dict | None = None,
 ) -> str:
-    """The page of a finished run.
+    """The page of a finished run; arguments as `run_parts`."""
+    parts = run_parts(results, predictions, records, log, explanations)
+    data, model = results["data"], results["config"]["model"]["name"]
+    total = f"{len(predictions['labels'])} test images"
+    return page.whole(f"{data['name']} · {model}", total, parts)
+
+
+def run_parts(
+    results: dict,
+    predictions: dict,
+    records: Records,
+    log: Sequence[dict],
+    explanations: dict | None = None,
+) -> list[str]:
+    """The sections of a page of scored images.
 
     Args:
       results: contents of results.json.
@@ -48,7 +62,11 @@ def run_report(
     ]
     if results["calibration"]:
         parts.append(_calibration_section(results["calibration"], data["positive"]))
-    parts.append(page.legend(drawn.scale, "each map is of the predicted class", "CAM"))
+    parts.append(
+        page.legend(
+            drawn.scale, "Class activation map (CAM)", page.evidence(drawn.scale)
+        )
+    )
     parts += _galleries(drawn, probs[:, 0], labels, before, after, names)
     if k:
         parts.append(
@@ -81,8 +99,7 @@ def run_report(
     )
     about = {key: results[key] for key in ("device", "versions", "selected", "config")}
     parts.append(page.details("Config, versions and device", about))
-    model = config["model"]["name"]
-    return page.whole(f"{data['name']} · {model}", f"{len(labels)} test images", parts)
+    return parts
 
 
 class Drawn:
@@ -126,7 +143,8 @@ def _result(results: dict) -> list[str]:
     data, scored = results["data"], results["metrics"]
     verdict = data["leakage"].get("verdict", "not examined")
     counts = ", ".join(f"{count} {name}" for name, count in data["counts"].items())
-    look = "fine" if verdict == "clean" else "warn"
+    clean = verdict in ("clean", "no image was seen in training")
+    look = "fine" if clean else "warn"
     parts = [
         _score_table(scored, data["positive"]),
         f'<p class="verdict {look}"><b>Leakage check:</b> {escape(verdict)}. Split: '
@@ -294,20 +312,18 @@ def _explanations_section(found: dict, summary: dict, records: Records, names) -
 
 def _calibration_section(fitted: dict, positive: str) -> str:
     def point(row: dict) -> tuple[str, ...]:
-        wanted = next(key for key in row if key.endswith("_wanted"))
-        title = f"{wanted.removesuffix('_wanted').capitalize()} "
-        title += f"{scores.percent(row[wanted])}"
+        title = scores.operating_point(row)
         if not scores.defined(row["threshold"]):
-            return (title, *["not attainable"] * 3)
+            return (title, *[scores.UNATTAINABLE] * 2)
         shares = (scores.percent(row[key]) for key in ("sensitivity", "specificity"))
-        return (title, f"{row['threshold']:.3f}", *shares)
+        return (title, *shares)
 
     sets = [
         (
             f"Coverage {scores.percent(row['coverage_wanted'])}",
             scores.percent(row["coverage"]),
             scores.percent(row["single_class_share"]),
-            scores.percent(row["empty_share"]),
+            scores.percent(row.get("empty_share")),
             f"{row['mean_set_size']:.2f}",
         )
         for row in fitted["conformal"]
@@ -319,7 +335,7 @@ def _calibration_section(fitted: dict, positive: str) -> str:
         f"{scores.percent(fitted['ece_before'])} before, "
         f"{scores.percent(fitted['ece_after'])} after.</p>",
         page.table(
-            ("Wanted", f"Threshold on {positive}", "Sensitivity", "Specificity"),
+            (f"Wanted: threshold on {positive}", "Sensitivity", "Specificity"),
             map(point, fitted["operating_points"]),
         ),
         page.table(

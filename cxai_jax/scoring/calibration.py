@@ -70,64 +70,115 @@ def conformal_sets(probs: np.ndarray, quantile: float) -> np.ndarray:
     return 1 - probs <= quantile + 1e-12
 
 
-def calibrate(
-    held_out: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
+def fit(
+    logits: np.ndarray,
+    labels: np.ndarray,
     *,
     positive: int,
     coverages: tuple[float, ...] = (0.9, 0.95),
     specificities: tuple[float, ...] = (0.9, 0.95),
+    sensitivities: tuple[float, ...] = (0.9, 0.95),
 ) -> dict:
-    """Everything above: fitted on `held_out`, measured on `test`.
+    """What is decided on held-out images and stays as it is from then on.
 
     Args:
-      held_out, test: (logits [N, K], labels int [N]).
+      logits: [N, K].
+      labels: int [N].
       positive: class index of sensitivity and specificity.
 
     Returns:
-      JSON values: temperature, threshold and the sensitivity and specificity it has on
-      the test images per wanted specificity, coverage and mean size of the sets.
+      JSON values: temperature, number of held-out images, a threshold on the positive
+      class for each wanted specificity and sensitivity, None where no threshold below
+      1 attains it, and a conformal quantile for each coverage.
     """
-    (logits, labels), (test_logits, test_labels) = held_out, test
     temperature = fit_temperature(logits, labels)
-    probs, test_probs = (
-        softmax(logits / temperature),
-        softmax(test_logits / temperature),
-    )
-    diseased = test_labels == positive
-    result = {
+    probs = softmax(logits / temperature)
+
+    is_positive, scores = labels == positive, probs[:, positive]
+    both = is_positive.any() and not is_positive.all()
+
+    def at_specificity(wanted):
+        if not both:
+            return None
+        _, threshold = sensitivity_at_specificity(
+            is_positive, scores, specificity=wanted
+        )
+        return threshold if np.isfinite(threshold) else None
+
+    def at_sensitivity(wanted):
+        """The highest threshold that still finds the wanted share of positives."""
+        if not both:
+            return None
+        own = np.sort(scores[is_positive])
+        return float(own[int(np.floor(len(own) * (1 - wanted) + 1e-9))])
+
+    return {
         "temperature": temperature,
         "held_out": len(labels),
-        "ece_before": expected_calibration_error(test_labels, softmax(test_logits)),
-        "ece_after": expected_calibration_error(test_labels, test_probs),
-        "operating_points": [],
-        "conformal": [],
-    }
-    for wanted in specificities:
-        _, threshold = sensitivity_at_specificity(
-            labels == positive, probs[:, positive], specificity=wanted
-        )
-        called = test_probs[:, positive] >= threshold
-        result["operating_points"].append(
-            {
-                "specificity_wanted": wanted,
-                "threshold": threshold,
-                "specificity": _share(~called[~diseased]),
-                "sensitivity": _share(called[diseased]),
-            }
-        )
-    for wanted in coverages:
-        sets = conformal_sets(test_probs, conformal_quantile(probs, labels, wanted))
-        result["conformal"].append(
+        "operating_points": [
+            {"specificity_wanted": wanted, "threshold": at_specificity(wanted)}
+            for wanted in specificities
+        ]
+        + [
+            {"sensitivity_wanted": wanted, "threshold": at_sensitivity(wanted)}
+            for wanted in sensitivities
+        ],
+        "conformal": [
             {
                 "coverage_wanted": wanted,
-                "coverage": _share(sets[np.arange(len(sets)), test_labels]),
-                "mean_set_size": float(sets.sum(1).mean()),
-                "single_class_share": _share(sets.sum(1) == 1),
+                "quantile": conformal_quantile(probs, labels, wanted),
             }
-        )
-    return result
+            for wanted in coverages
+        ],
+    }
 
 
-def _share(hits: np.ndarray) -> float:
-    return float(hits.mean()) if len(hits) else float("nan")
+def measure(
+    fitted: dict, logits: np.ndarray, labels: np.ndarray, *, positive: int
+) -> dict:
+    """What `fit` decided, as it works on other images; nothing is fitted to these.
+
+    Args:
+      fitted: what `fit`, or this function on other images, returned.
+      logits: [N, K], labels: int [N].
+      positive: as in `fit`.
+
+    Returns:
+      `fitted` with the calibration error before and after, the sensitivity and
+      specificity of each threshold, coverage and mean size of the prediction sets.
+    """
+    probs = softmax(logits / fitted["temperature"])
+    diseased = labels == positive
+    points = []
+    for point in fitted["operating_points"]:
+        if point["threshold"] is None:
+            points.append(point | {"specificity": None, "sensitivity": None})
+            continue
+        called = probs[:, positive] >= point["threshold"]
+        rates = {
+            "specificity": _share(~called[~diseased]),
+            "sensitivity": _share(called[diseased]),
+        }
+        points.append(point | rates)
+    sets = []
+    for row in fitted["conformal"]:
+        chosen = conformal_sets(probs, row["quantile"])
+        found = {
+            "coverage": _share(chosen[np.arange(len(chosen)), labels]),
+            "mean_set_size": float(chosen.sum(1).mean()),
+            "single_class_share": _share(chosen.sum(1) == 1),
+            "empty_share": _share(chosen.sum(1) == 0),
+        }
+        sets.append(row | found)
+    return {
+        "temperature": fitted["temperature"],
+        "held_out": fitted["held_out"],
+        "ece_before": expected_calibration_error(labels, softmax(logits)),
+        "ece_after": expected_calibration_error(labels, probs),
+        "operating_points": points,
+        "conformal": sets,
+    }
+
+
+def _share(hits: np.ndarray) -> float | None:
+    return float(hits.mean()) if len(hits) else None

@@ -72,9 +72,7 @@ def class_map_sheet(predictions: dict, records: Records) -> np.ndarray:
     labels = predictions["probs"][rows, 0].argmax(1)
     maps = pictures.evidence(predictions["class_maps"][rows], labels)
     scale = pictures.common_scale(maps)
-    overlaid = [
-        pictures.overlay(*pair, scale) for pair in zip(gray, maps, strict=True)
-    ]
+    overlaid = [pictures.overlay(*pair, scale) for pair in zip(gray, maps, strict=True)]
     return sheet([*gray, *overlaid])
 
 

@@ -12,7 +12,8 @@ from cxai_jax import mesh as meshes
 from cxai_jax.data import novelty
 from cxai_jax.data.records import Dataset, Records
 from cxai_jax.methods.method import Method
-from cxai_jax.report.pages import run_report
+from cxai_jax.report import pictures
+from cxai_jax.report.training_page import run_report
 from cxai_jax.scoring import calibration, evaluate, explanations
 from cxai_jax.training.run import Run, fit_records
 from cxai_jax.types import PyTree
@@ -71,10 +72,12 @@ def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
     calibrated = {}
     if run.validation is not None:
         validation = run.evaluator.predict(variables, run.validation, votes=False)
-        calibrated = calibration.calibrate(
-            (validation["logits"], validation["labels"]),
-            (predictions["logits"], predictions["labels"]),
-            positive=dataset.positive,
+        positive = dataset.positive
+        fitted = calibration.fit(
+            validation["logits"], validation["labels"], positive=positive
+        )
+        calibrated = calibration.measure(
+            fitted, predictions["logits"], predictions["labels"], positive=positive
         )
     optimistic = [row[split]["accuracy"] for row in run.curve if split in row]
     return {
@@ -84,6 +87,8 @@ def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
             optimistic, default=None
         ),
         "curve": run.curve,
+        "maps": {"scale": pictures.scale_of(predictions)},
+        "finished": time.strftime("%Y-%m-%d"),
         "data": describe(run.dataset),
         "tested": describe(dataset),
         "pretrained": run.network.pretrained,

@@ -11,12 +11,11 @@ from PIL import Image
 from configs import cxr as cxr_config
 from cxai_jax import data
 from cxai_jax import mesh as meshes
-from cxai_jax.data import cxr, folder, pipeline, store
+from cxai_jax.data import cxr, folder, pipeline, prepare, store
 from cxai_jax.data.records import Dataset, Records
 from cxai_jax.methods.method import Network
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import run as runs
-from tools import prepare_data
 
 HEADER = "filename,patientid,finding,view,lung_mask,license\n"
 
@@ -183,7 +182,7 @@ def test_a_folder_of_three_classes(tmp_path):
             pixels = rng.integers(0, 256, (30, 30), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "tree" / name / f"{i}.png")
     command = ["--dataset=folder", "--name=cxr3", f"--data_dir={tmp_path / 'data'}"]
-    assert prepare_data.main([*command, f"--source={tmp_path / 'tree'}"]) == 0
+    assert prepare.main([*command, f"--source={tmp_path / 'tree'}"]) == 0
     dataset = data.load(settings(tmp_path / "data", name="folder:cxr3"))
     assert dataset.class_names == ("COVID", "Normal", "Pneumonia")
     assert dataset.class_names[dataset.positive] == "COVID"

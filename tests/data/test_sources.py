@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cxai_jax import data
-from cxai_jax.data import folder, sites, store
+from cxai_jax.data import folder, prepare, sites, store
 from cxai_jax.data.transforms import SUFFIXES
-from tools import prepare_data
 
 
 def picture(path, seed=0, size=(40, 30)):
@@ -64,7 +63,7 @@ def config(name, data_dir, split="", fold=""):
 
 def run(capsys, *options):
     """Exit code, stdout and stderr of the command."""
-    code = prepare_data.main([str(option) for option in options])
+    code = prepare.main([str(option) for option in options])
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -158,7 +157,7 @@ def test_unprepared_and_unknown_splits_say_what_there_is(prepared):
         FileNotFoundError, match="of site_a: blocked.*--dataset=site_a --source"
     ):
         data.load(config("site_a", prepared / "data", "random"))
-    with pytest.raises(FileNotFoundError, match="prepare_data.py"):
+    with pytest.raises(FileNotFoundError, match="cxai-prepare"):
         data.load(config("folder:none", prepared / "data"))
     for name, known in (("site_a", "blocked, random, wang"), ("site_b", "official")):
         with pytest.raises(ValueError, match=f"unknown split 'odd'.*known: {known}"):
@@ -200,6 +199,8 @@ def test_command_prints_counts_and_verdict(tmp_path, capsys):
     )
     # Building again replaces the data; a failing build leaves them as they are.
     picture(source / "healthy" / "new.png", seed=999)
+    assert "is prepared already; add --overwrite" in fails(capsys, *command)
+    command += ("--overwrite",)
     assert run(capsys, *command)[0] == 0
     rebuilt = data.load(config("folder", tmp_path / "d"))
     assert sum(map(len, rebuilt.splits.values())) == 9
@@ -213,7 +214,7 @@ def test_command_prints_counts_and_verdict(tmp_path, capsys):
 
 
 def test_skip_bad_lists_what_it_skipped(tmp_path, capsys):
-    source = make_folder(tmp_path / "s")
+    source = make_folder(tmp_path / "s", 20)
     whole = (source / "healthy" / "größe 100%1.png").read_bytes()
     (source / "healthy" / "half.png").write_bytes(whole[: len(whole) // 2])
     (source / "healthy" / "text.jpg").write_text("no image")
@@ -226,7 +227,60 @@ def test_skip_bad_lists_what_it_skipped(tmp_path, capsys):
     skipped = dict(json.loads(summary.read_text())["skipped"])
     assert set(skipped) == {"healthy/half.png", "healthy/text.jpg"}
     dataset = data.load(config("folder:x", tmp_path / "d"))
-    assert sum(map(len, dataset.splits.values())) == 8
+    assert sum(map(len, dataset.splits.values())) == 40
+
+
+def test_the_positive_class_can_be_named_and_is_shown(tmp_path, capsys):
+    source = tmp_path / "s"
+    for k, name in enumerate(("bacterial", "viral")):
+        for i in range(4):
+            picture(source / name / f"{i}.png", seed=10 * k + i)
+    command = ("--dataset=folder", f"--source={source}", f"--data_dir={tmp_path / 'd'}")
+    assert "name it with --positive=CLASS" in fails(capsys, *command)
+    tell = fails(capsys, *command, "--positive=fungal")
+    assert "--positive=fungal is none of the classes bacterial, viral" in tell
+    code, out, _ = run(capsys, *command, "--positive=Bacterial")
+    assert code == 0 and "positive class bacterial" in out
+    assert data.load(config("folder", tmp_path / "d")).positive == 0
+
+
+def test_a_split_without_a_class_or_a_test_split_is_an_error(tmp_path, capsys):
+    source = make_folder(tmp_path / "s")
+    names = [
+        f"{c}/größe 100%{i}.png" for c in ("healthy", "COVID positive") for i in "0123"
+    ]
+    command = ("--dataset=folder", f"--source={source}", f"--data_dir={tmp_path / 'd'}")
+
+    def listed(*parts):
+        rows = "".join(f"{n},{s}\n" for n, s in zip(names, parts, strict=True))
+        (source / "splits.csv").write_text("file,split\n" + rows, encoding="utf-8")
+        return fails(capsys, *command)
+
+    half = ["train"] * 3
+    tell = listed(*half, "train", *half, "test")
+    assert "split 'test' of folder has no image of the class 'healthy'" in tell
+    assert "no image of the split 'test'" in listed(*half, "val", *half, "val")
+    assert "no image of the split 'train'" in listed(*["test"] * 7, "val")
+    (source / "splits.csv").unlink()
+    bad = source / "healthy" / "größe 100%3.png"
+    plan = folder.plan_folder(source)
+    for one in plan.sources:
+        if one.split == "test" and one.label == 1:
+            bad = one.file
+    bad.write_bytes(b"")
+    tell = fails(capsys, *command, "--skip_bad")
+    assert "no image of the class 'healthy' of the split 'test' can be read" in tell
+    assert not (tmp_path / "d" / "folder").exists()
+
+
+def test_another_hospital_is_all_for_testing(tmp_path, capsys):
+    source = make_folder(tmp_path / "s")
+    command = ("--dataset=folder", f"--source={source}", f"--data_dir={tmp_path / 'd'}")
+    assert "give test" in fails(capsys, *command, "--split=odd")
+    code, out, _ = run(capsys, *command, "--split=test", "--name=b")
+    assert code == 0 and "all for testing" in out
+    dataset = data.load(config("folder:b", tmp_path / "d"))
+    assert {name: len(r) for name, r in dataset.splits.items()} == {"test": 8}
 
 
 def test_no_single_file_stops_a_preparation(tmp_path, capsys):
@@ -341,19 +395,6 @@ def test_wrong_folder_levels(tmp_path, capsys):
         assert "--name=" in tell
 
 
-@pytest.mark.parametrize(
-    "names,positive",
-    [
-        (["CT_COVID", "CT_NonCOVID"], 0),
-        (["NON-COVID", "covid19"], 1),
-        (["a", "b", "c"], 2),
-        (["nonpositive", "positive", "z"], 1),
-    ],
-)
-def test_positive_class(names, positive):
-    assert folder.positive_class(names) == positive
-
-
 def test_site_b_lists_must_fit_the_images(tmp_path):
     source = make_site_b(tmp_path)
     listing = source / "Data-split" / "COVID" / "testCT_COVID.txt"
@@ -403,6 +444,8 @@ def test_site_a_by_the_lists_of_wang(tmp_path, capsys):
     ):
         test.write_text(text)
         assert message in fails(capsys, *command, lists)
+    test.write_text(good)
+    train.write_text(train.read_text().replace("3 Non-Covid (2).png normal\n", ""))
     code, out, _ = run(capsys, *command, lists, "--skip_bad")
     assert code == 0 and "left out: 1 files" in out
     assert "needs --split_files" in fails(capsys, *command, "--split=wang")

@@ -6,10 +6,9 @@ from PIL import Image
 
 from configs import demo
 from cxai_jax import data
-from cxai_jax.data import store
+from cxai_jax.data import prepare, store
 from cxai_jax.data.records import DatasetSpec
 from cxai_jax.training import loop
-from tools import prepare_data
 
 NAMES = ("red", "green", "blue")
 COUNT = {"train": 8, "val": 2, "test": 4}  # Images of each class.
@@ -57,7 +56,7 @@ def tints(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.DATASETS, "tints", SPEC)
         command = ["--dataset=tints", f"--data_dir={root / 'data'}"]
-        assert prepare_data.main([*command, f"--source={root}"]) == 0
+        assert prepare.main([*command, f"--source={root}"]) == 0
         yield root
 
 
@@ -99,11 +98,11 @@ def test_three_colours_train_and_are_scored(tints, tmp_path):
 def test_options_that_a_plan_does_not_take_are_refused(tints, capsys):
     command = ["--dataset=tints", f"--source={tints}", f"--data_dir={tints / 'data'}"]
     for option, owners in (
-        ("split", "site_a, site_b, cxr"),
+        ("split", "site_a, site_b, cxr, folder"),
         ("split_files", "site_a"),
         ("name", "folder"),
     ):
-        assert prepare_data.main([*command, f"--{option}=x"]) == 2
+        assert prepare.main([*command, f"--{option}=x"]) == 2
         message = capsys.readouterr().err
         assert f"--{option} belongs to --dataset={owners}, not tints" in message
 

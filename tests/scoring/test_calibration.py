@@ -63,9 +63,10 @@ def test_too_few_images_give_full_sets():
     assert calibration.conformal_quantile(probs, np.array([0, 1]), 0.95) == 1.0
 
 
-def test_calibrate_reports_test_values_of_held_out_thresholds():
+def test_measure_reports_test_values_of_held_out_thresholds():
     held_out, test = drawn(3000, 2.5, seed=3), drawn(3000, 2.5, seed=4)
-    result = calibration.calibrate(held_out, test, positive=1)
+    fitted = calibration.fit(*held_out, positive=1)
+    result = calibration.measure(fitted, *test, positive=1)
     assert result["temperature"] == pytest.approx(2.5, rel=0.1)
     assert result["ece_after"] < 0.03 < result["ece_before"]
     for point in result["operating_points"]:
@@ -75,3 +76,12 @@ def test_calibrate_reports_test_values_of_held_out_thresholds():
         assert 0 < point["sensitivity"] < 1
     for row in result["conformal"]:
         assert row["coverage"] == pytest.approx(row["coverage_wanted"], abs=0.03)
+    again = calibration.measure(result, *drawn(50, 1.0, seed=5), positive=1)
+    assert again["temperature"] == fitted["temperature"]
+    for one, other in zip(
+        fitted["operating_points"], again["operating_points"], strict=True
+    ):
+        assert one["threshold"] == other["threshold"]
+    assert [row["quantile"] for row in again["conformal"]] == [
+        row["quantile"] for row in fitted["conformal"]
+    ]

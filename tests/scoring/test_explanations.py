@@ -234,7 +234,11 @@ def test_saved_maps_keep_their_pattern(tmp_path, found):
 def test_maps_stand_in_one_row_of_pictures(found, gray):
     maps = [found[name][0] for name in explanations.MAPS]
     picture = pictures.row(gray[0].astype(np.uint8), maps, [1.0] * 3)
-    assert picture.dtype == np.uint8 and picture.shape == (SIZE, 4 * SIZE + 3 * pictures.GAP, 3)
+    assert picture.dtype == np.uint8 and picture.shape == (
+        SIZE,
+        4 * SIZE + 3 * pictures.GAP,
+        3,
+    )
     np.testing.assert_array_equal(picture[:, :SIZE, 0], gray[0, ..., 0])
 
 

@@ -1,9 +1,10 @@
 """The parts of a self-contained HTML page, and the page around them.
 
 The page needs no network and no script to be read; a short script adds sorting,
-filtering, enlarging and the opacity of the maps. Its content security policy admits that script and embedded pictures only,
-so a hostile file name can do nothing even if escaping failed. Frame, style and script
-lie beside this file. All texts are escaped here; what is called `parts` is HTML.
+filtering, enlarging and the opacity of the maps. Its content security policy admits
+that script and embedded pictures only, so a hostile file name can do nothing even if
+escaping failed. Frame, style and script lie beside this file. All texts are escaped
+here; what is called `parts` is HTML.
 """
 
 import base64
@@ -223,13 +224,22 @@ def looks_outside(share: float, where: str) -> str:
     return f"{100 * share:.0f} % of the map's evidence lies outside {where}"
 
 
-def legend(scale: float, of: str, kind: str) -> str:
+def evidence(scale: float) -> str:
+    """What the highest colour of a map of evidence stands for, in a sentence."""
+    return (
+        f"The highest colour is evidence that would raise the logit of the class by "
+        f"{scale:.3g} above the mean of all classes if it filled the image; a region "
+        "counts by its share of the image."
+    )
+
+
+def legend(scale: float, kind: str, meaning: str) -> str:
     """What the colours of the maps mean, and the slider of their opacity.
 
     Args:
       scale: value of the highest colour, logits.
-      of: which class a map is of.
       kind: what map it is.
+      meaning: what the highest colour stands for, in a sentence.
     """
     places = np.linspace(0, 1, 9)
     stops = ", ".join(
@@ -243,9 +253,8 @@ def legend(scale: float, of: str, kind: str) -> str:
         f'right, {stops})"></div><div class="ends">{ends}</div></div>'
         '<label id="fade" hidden>Opacity of the maps <input type="range" min="0" '
         'max="100" value="100"></label></div>',
-        f"<p>{escape(kind)}; {escape(of)}. Colour is evidence for it, on one scale for "
-        f"all images: a region of the highest colour adds {scale:.3g} times its share "
-        "of the image to the logit of the class above the mean of all classes. No "
+        f"<p>{escape(kind)}, of the class that the network predicts before voting; one "
+        f"scale for all images of this model. {escape(meaning)} No "
         "colour is no evidence, or evidence against. Contours run at a quarter, half "
         "and three quarters of the scale; bright tissue carries contours only, so "
         "that it stays visible. A map shows what moved the network, not where the "
