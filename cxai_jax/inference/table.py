@@ -165,7 +165,9 @@ def row(
     legend = f"{answer.kind} of {names[found.before[i]]}, 0 to {model.map_scale:.3g}"
     panel = pictures.panel(one.shown, heated, legend)
     (out / overlay).write_bytes(pictures.encode(panel, "PNG"))
-    outside = pictures.share_outside(class_map, pictures.body(one.shown))
+    outside = pictures.share_outside(
+        class_map, pictures.body(one.shown), model.map_scale
+    )
     doubt = page.looks_outside(outside, "the body")
 
     def chances(answer: Predicted, at: str = "") -> dict:

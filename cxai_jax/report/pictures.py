@@ -122,13 +122,18 @@ def body(gray: np.ndarray) -> np.ndarray:
     return ~np.isin(regions, corners[corners > 0])
 
 
-def share_outside(class_map: np.ndarray, inside: np.ndarray) -> float:
-    """Share of a map's positive evidence that lies outside, 0..1; 0 without any.
+def share_outside(class_map: np.ndarray, inside: np.ndarray, scale: float) -> float:
+    """Share of a map's positive evidence that lies outside, 0..1.
+
+    0 for a map so faint that it has no contour: where nothing is lies nowhere.
 
     Args:
       class_map: [h, w].
       inside: bool [H, W].
+      scale: value of the highest colour.
     """
+    if class_map.max() < LEVELS[0] * scale:
+        return 0.0
     drawn = enlarged(np.maximum(class_map, 0), inside.shape)
     total = drawn.sum()
     return float(drawn[~inside].sum() / total) if total > 0 else 0.0

@@ -132,10 +132,12 @@ class Drawn:
         masks, i = self._records.lung_masks, int(i)
         lungs = None if masks is None else masks[i]
         if lungs is not None:
-            share = pictures.share_outside(self._maps[i], np.asarray(lungs, bool))
+            share = pictures.share_outside(
+                self._maps[i], np.asarray(lungs, bool), self.scale
+            )
             return page.looks_outside(share, "the lungs")
         inside = pictures.body(self._records.images[i][..., 0])
-        share = pictures.share_outside(self._maps[i], inside)
+        share = pictures.share_outside(self._maps[i], inside, self.scale)
         return page.looks_outside(share, "the body")
 
 

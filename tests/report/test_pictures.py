@@ -92,12 +92,13 @@ def test_the_body_is_told_from_the_air_around_it_but_keeps_its_lungs():
     assert pictures.body(np.full((50, 70), 90, np.uint8)).all()
     corner = np.zeros((4, 4))
     corner[0, 0] = 1.0
-    assert pictures.share_outside(corner, inside) > 0.8
+    assert pictures.share_outside(corner, inside, 1.0) > 0.8
     centre = np.zeros((4, 4))
     centre[1:3, 1:3] = 1.0
     centre[0, 0] = -50.0  # Evidence against counts nowhere.
-    assert pictures.share_outside(centre, inside) < 0.25
-    assert pictures.share_outside(-centre * 0, inside) == 0.0
+    assert pictures.share_outside(centre, inside, 1.0) < 0.25
+    for faint in (0 * corner, 0.2 * corner):
+        assert pictures.share_outside(faint, inside, 1.0) == 0.0
 
 
 @pytest.mark.parametrize("shape", [(20, 31), (300, 200)])
