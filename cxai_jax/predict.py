@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         model = load(given.workdir)
         known = novelty.load(given.workdir)
+        features = novelty.load_features(given.workdir)
     except (ValueError, FileNotFoundError) as error:
         if done.exists():  # Its page stays as it is.
             parser.error(str(error))
@@ -99,9 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model.config.tta.k = given.votes
     try:
         sites = chosen_sites(model, given.site)
-        answer = Answer(
-            model, given.map, make_rule(model.results, given.operating_point)
-        )
+        rule = make_rule(model.results, given.operating_point)
+        answer = Answer(model, given.map, rule, features)
         predictor = Predictor(model, make_mesh(), given.workdir / "executables")
         draw = make_maps(model, given.map, predictor.batch_size)
     except ValueError as error:

@@ -166,6 +166,7 @@ class Predicted(NamedTuple):
     after: np.ndarray  # int [B], label after voting
     opposing: np.ndarray | None  # int [B], among the votes cast; None without voting
     cast: np.ndarray | None  # int [B]
+    pooled: np.ndarray  # float32 [B, D], mean of the features
     saved: int  # Masked images that the early exit did not have to run.
 
 
@@ -191,6 +192,7 @@ def over_sites(found: Sequence[Predicted]) -> Predicted:
         after=after,
         opposing=None,
         cast=None,
+        pooled=np.mean([one.pooled for one in found], axis=0),
         saved=sum(one.saved for one in found),
     )
 
@@ -262,7 +264,8 @@ class Predictor:
             after, opposing = votes.labels, votes.opposing
             cast = np.full(number, tta_config.k)
         maps = np.asarray(seen["class_maps"][:number])
-        return Predicted(first, maps, before, after, opposing, cast, saved)
+        pooled = np.asarray(seen["pooled"][:number])
+        return Predicted(first, maps, before, after, opposing, cast, pooled, saved)
 
     def _vote(self, site, masked: jax.Array, rows: np.ndarray) -> jax.Array:
         """Probabilities of normalised images; every device takes its share of them."""

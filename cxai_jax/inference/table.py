@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cxai_jax.data import tables
+from cxai_jax.data import novelty, tables
 from cxai_jax.inference import decisions, shown_maps
 from cxai_jax.inference.predictor import Predicted, Trained
 from cxai_jax.report import page, pictures
@@ -131,6 +131,7 @@ class Answer(NamedTuple):
     model: Trained
     kind: str  # Of shown_maps.MAPS.
     rule: decisions.Rule
+    features: dict  # Of novelty.load_features.
 
     def legend(self) -> str:
         """HTML of what the colours of the maps mean."""
@@ -168,7 +169,8 @@ def row(
     outside = pictures.share_outside(
         class_map, pictures.body(one.shown), model.map_scale
     )
-    doubt = page.looks_outside(outside, "the body")
+    (foreign,) = novelty.foreign(found.pooled[i : i + 1], answer.features)
+    doubts = [foreign, *one.flags, page.looks_outside(outside, "the body")]
 
     def chances(answer: Predicted, at: str = "") -> dict:
         probs = zip(names, answer.probs[i], strict=True)
@@ -190,13 +192,13 @@ def row(
         "label_before": names[found.before[i]],
         "label": names[label],
         "calibrated": f"{probs[model.positive]:.6f}",
-        "decision": decision,
+        "decision": page.INCONCLUSIVE if foreign else decision,
         "prediction_set": ""
         if candidates is None
         else f"{{{SEPARATOR.join(candidates)}}}",
         "opposing_votes": "" if found.opposing is None else str(found.opposing[i]),
         "votes_cast": "" if found.cast is None else str(found.cast[i]),
-        "flags": "; ".join([*one.flags, *filter(None, [doubt])]),
+        "flags": "; ".join(filter(None, doubts)),
         "overlay": overlay.as_posix(),
         **chances(found),
         **columns,

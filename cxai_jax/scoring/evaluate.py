@@ -53,7 +53,7 @@ class Evaluator:
         Returns:
           names, patients str [N]; labels, sites int32 [N]; logits float32 [N, K];
           probs float32 [N, k+1, K], variant 0 the image itself; class_maps float32
-          [N, h, w, K].
+          [N, h, w, K]; pooled float32 [N, D], the features that the head saw.
         """
         config = self._config
         fit = pipeline.fit_for_scoring(config)
@@ -76,7 +76,8 @@ class Evaluator:
 
 
 def save_predictions(path: Path, predictions: dict) -> None:
-    """Writes the predictions file (npz)."""
+    """Writes the predictions file (npz), without the pooled features."""
+    predictions = {n: value for n, value in predictions.items() if n != "pooled"}
     temporary = path.with_suffix(".tmp.npz")
     np.savez_compressed(temporary, **predictions)
     temporary.replace(path)

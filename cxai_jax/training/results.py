@@ -39,13 +39,18 @@ def conclude(run: Run, method: Method, state, *, steps: int, compiled: dict) -> 
     variables, selected = select(run, method, state)
     predictions = run.evaluator.predict(variables, run.test)
     found = explain_some(run, variables)
-    results = collect(run, variables, predictions) | {
+    validation = None
+    if run.validation is not None:
+        validation = run.evaluator.predict(variables, run.validation, votes=False)
+    features = described_features(run, variables, validation)
+    results = collect(run, validation, predictions) | {
         "explanations": summary_of(run, found),
         "selected": selected,
         "steps": steps,
         "time": {**compiled, "total_s": time.monotonic() - run.started},
     }
     if jax.process_index() == 0:
+        novelty.save_features(run.workdir, features)
         write(run, results, predictions, found)
     run.checkpoints.close()
     return results
@@ -66,12 +71,20 @@ def select(run: Run, method: Method, state) -> tuple[PyTree, dict]:
     return method.scored(state), {"rule": rule, "step": best[1]}
 
 
-def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
+def described_features(run: Run, variables: PyTree, validation: dict | None) -> dict:
+    """What tells `predict` a foreign image, from training and validation images."""
+    fit = fit_records(run.sources, run.config.data.fit)
+    some = fit.subset(explanations.evenly(len(fit), novelty.KEPT))
+    seen = run.evaluator.predict(variables, some, votes=False)
+    held_out = None if validation is None else validation["pooled"]
+    return novelty.describe_features(seen["pooled"], held_out)
+
+
+def collect(run: Run, validation: dict | None, predictions: dict) -> dict:
     """Scores, calibration, and what the numbers are of."""
     config, dataset, split = run.config, run.tested, run.config.data.test
     calibrated = {}
-    if run.validation is not None:
-        validation = run.evaluator.predict(variables, run.validation, votes=False)
+    if validation is not None:
         positive = dataset.positive
         fitted = calibration.fit(
             validation["logits"], validation["labels"], positive=positive
