@@ -22,6 +22,7 @@ from cxai_jax.inference import predictor
 from cxai_jax.maps import cam
 from cxai_jax.mesh import make_mesh
 from cxai_jax.models import tiny
+from cxai_jax.report import pictures
 from cxai_jax.scoring.evaluate import Evaluator
 from cxai_jax.training.run import build_network
 from cxai_jax.voting import rules
@@ -119,7 +120,9 @@ def test_everything_is_written(whole, scans):
         assert row["label"] in ("COVID-19", "non-COVID-19")
         assert int(row["opposing_votes"]) <= int(row["votes_cast"]) <= 3
         with Image.open(whole / row["overlay"]) as overlay:
-            assert overlay.height <= 50 and overlay.width > 2 * overlay.height
+            image, mapped = pictures.halves(np.asarray(overlay))
+            assert image.shape == mapped.shape and len(image) <= 50
+            assert (image[..., 0] == image[..., 2]).all()
     assert "seen in training" in rows[0]["flags"]
     assert not any("seen in training" in row["flags"] for row in rows[1:])
     page = (whole / "report.html").read_text()

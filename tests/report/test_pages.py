@@ -447,3 +447,126 @@ def test_a_page_of_five_thousand_rows_sorts_and_filters(opened):
     assert found == page.MAX_ROWS
     tab.locator("#show").select_option("flipped")
     assert tab.locator("#count").inner_text() == f"1 of {page.MAX_ROWS} images"
+
+
+def test_a_batch_of_the_wrong_images_says_so_before_anything_else(opened):
+    text = prediction_page(rows=3)  # One of three is flagged.
+    assert text.index("These may be the wrong images") < text.index(">Overview<")
+    assert holds(text, "1 of 3 are flagged")
+    tab = opened(text)
+    looks = "row => getComputedStyle(row).backgroundColor"
+    rows = tab.locator("#images tbody tr")
+    assert rows.nth(2).evaluate(looks) != rows.nth(0).evaluate(looks)
+    assert not holds(prediction_page(rows=40), "wrong images")  # One of forty.
+
+
+def test_the_card_comes_first_and_names_what_the_model_is(finished):
+    results = finished[0]
+    about = {"class_names": ["healthy", "sick"], "positive": 1, "patients": []}
+    config = results["config"]
+    config["data"]["fit"] = "test"
+    text = pages.prediction_report(
+        [], [], about={}, results=results, counts=None, **about
+    )
+    card = text[text.index('<dl class="card warn">') : text.index("</dl>")]
+    scored = results["metrics"]["all"]
+    for fact in (
+        "made, 24 images",
+        "LEAKS: 2 of 24",
+        "24 test images",
+        f"{100 * scored['accuracy']:.1f} (",
+        "Sensitivity, of sick",
+        "nothing: raw scores",
+        f"seed {config['seed']}",
+    ):
+        assert holds(card, fact), fact
+    assert text.index("</dl>") < text.index(">Overview<")
+    assert holds(text, "Only 24 test images")
+
+
+def test_three_classes_have_rows_curves_and_stacked_bars_of_their_own(finished):
+    results, predictions, records = finished
+    random = np.random.default_rng(3)
+    number, names = len(records.labels), ["healthy", "sick", "other"]
+    labels = np.arange(number, dtype=np.int32) % 3
+    logits = random.normal(size=(number, 3)) + 2 * np.eye(3)[labels]
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    three = predictions | {
+        "labels": labels,
+        "probs": probs[:, None],
+        "logits": logits,
+        "class_maps": random.normal(size=(number, 2, 2, 3)),
+    }
+    dataset = Dataset(
+        name="three",
+        splits={"test": records},
+        class_names=tuple(names),
+        site_names=("north", "south"),
+        positive=1,
+        split_scheme="patient-disjoint",
+        fingerprint="0",
+        leakage={"verdict": "clean"},
+    )
+    from configs import common
+
+    config = common.get_config()
+    config.eval.bootstrap = 20
+    scored = evaluate.score(three | {"patients": records.names}, dataset, config)
+    data = results["data"] | {"class_names": names}
+    made = results | {"metrics": scored, "data": data}
+    text = training_page.run_report(made, three, records, [])
+    assert holds(text, "ROC of each class against the rest")
+    table = text[text.index("Each class against all others") :]
+    table = table[: table.index("</table>")]
+    assert re.findall('<th scope="row">(.*?)</th>', table) == names
+    chosen = probs.argmax(1)
+    for c, name in enumerate(names):
+        cells = re.findall("<td[^>]*>(.*?)</td>", table.split(f">{name}</th>")[1])
+        precision = (labels[chosen == c] == c).mean()
+        recall = (chosen[labels == c] == c).mean()
+        assert cells[:3] == ["8", f"{100 * precision:.1f}", f"{100 * recall:.1f}"]
+    assert text.count('class="bar stacked"') == number
+    assert holds(text, 'class="key"')
+    printed = terminal.summary(made)
+    assert "positive class: sick" in printed
+    assert all(re.search(rf"^{name} +8 ", printed, re.M) for name in names)
+
+
+def test_few_images_and_unattainable_points_are_said_not_computed(finished):
+    results, predictions, records = finished
+    fitted = {
+        "temperature": 1.0,
+        "held_out": 12,
+        "ece_before": 0.1,
+        "ece_after": 0.1,
+        "operating_points": [
+            {
+                "specificity_wanted": 0.9,
+                "threshold": None,
+                "sensitivity": None,
+                "specificity": None,
+            }
+        ],
+        "conformal": [
+            {
+                "coverage_wanted": 0.9,
+                "quantile": 0.1,
+                "coverage": 0.82,
+                "mean_set_size": 0.82,
+                "single_class_share": 0.82,
+                "empty_share": 0.18,
+            }
+        ],
+    }
+    made = results | {"calibration": fitted}
+    text = training_page.run_report(
+        made, predictions, records, [{"step": 1, "loss": 1}]
+    )
+    assert text.count("not attainable") == 2
+    assert holds(text, "Only 12 validation images")
+    assert holds(text, "90.0 % hold the true class of 82.0 % of the test images")
+    assert holds(text, "18.0 %") and holds(text, "A prediction set holds")
+    assert not holds(text, "Learning curve: training loss")  # One point.
+    for bad in ("inf", "nan", "None"):
+        assert not re.search(rf">{bad}\b", text), bad
+    assert "Only 12 validation images" in terminal.summary(made)
