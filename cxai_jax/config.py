@@ -22,13 +22,32 @@ FREE_FIELDS = (
     "eval.",
     "tta.",
     "train.log_every_steps",
-    "train.checkpoint_every_epochs",
+    "train.checkpoint_every_",
+    "train.on_nan",
     "train.keep_checkpoints",
 )
 # Fields that older runs lack, and the value with which they behave as they did.
 ADDED_FIELDS = {
     "method": "guided",
+    "deterministic": False,
+    "train.checkpoint_every_minutes": 0.0,
+    "train.on_nan": "stop",
     "data.target": "",
+    "data.other": "",
+    "data.digits_images": 0,
+    "data.photographs": "",
+    "adapt.weight": 1.0,
+    "adapt.hidden": [100],
+    "adapt.features_after": 0.5,
+    "adapt.lr": 2e-4,
+    "adapt.width": 64,
+    "adapt.blocks": 9,
+    "adapt.pool": 100,
+    "adapt.cycle_weight": 1.0,
+    "adapt.style_weight": 5e3,
+    "adapt.generator_steps": 2,
+    "adapt.perceptual": "",
+    "adapt.perceptual_width": 64,
     "tta.prefix_reuse": "off",
     "model.projection": 0,
     "data.normalisation": "model",
@@ -36,6 +55,12 @@ ADDED_FIELDS = {
     "contrastive.weight": 0.0,
     "contrastive.temperature": 0.05,
     "optim.groups": [],
+    "optim.name": "sgd",
+    "model.adapter": "none",
+    "model.stage4_input": "published",
+    "loss.scores": "logits",
+    "ms_net.warmup": 0.01,
+    "ms_net.distill": 0.5,
     "data.fold": "",
     "data.split_seed": 0,
 }
@@ -201,7 +226,7 @@ def claim_workdir(config: ConfigDict, workdir: Path, *, write: bool = True) -> N
         if differing:
             raise ValueError(
                 f"{workdir} holds a run of another config: {'; '.join(differing)}. "
-                "Choose another --workdir, or delete this one to start afresh"
+                "Choose another --workdir, or give the fields as they were"
             )
     if write:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,10 @@ EfficientNet-Lite0's (experiments/results/benchmark_cpu*_default_malloc.json).
 import ctypes
 import os
 import signal
+import sys
 
 import jax
+from jax._src import xla_bridge  # There is no public way to ask what has begun.
 
 # Parameters of mallopt(3), from malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
@@ -25,6 +27,7 @@ DEFAULTS = {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 << 10}
 # A small block in a freed large one makes the next execution look for room elsewhere:
 # up to four copies of a program's temporaries were seen in the heap.
 COPIES = 4
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def keep_freed_memory() -> bool:
@@ -60,16 +63,46 @@ def limit(temporaries: int) -> bool:
     return False
 
 
+def be_deterministic() -> None:
+    """Makes XLA choose only what gives the same bits every time on one device type.
+
+    To be called before the first device is used. Only GPUs have faster choices that do
+    not: autotuning, atomic scatters, some of cuDNN's convolutions.
+
+    Raises:
+      ValueError: if a GPU is in use already and was started without.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if DETERMINISTIC in flags:
+        return
+    if not xla_bridge.backends_are_initialized():
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+    elif jax.default_backend() == "gpu":
+        raise ValueError(
+            "config.deterministic=True comes too late, a GPU is in use already; set "
+            f"XLA_FLAGS={DETERMINISTIC} before Python starts"
+        )
+
+
 class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can save before it ends."""
+    """Remembers SIGTERM or SIGINT, so that what runs can be ended in order.
+
+    A KeyboardInterrupt in the middle of XLA's work may crash the process or be lost.
+    Inside another one the outer one listens.
+    """
+
+    listening: "StopSignal | None" = None
 
     def __init__(self):
         self.asked = 0
         self._before = {}
 
     def __enter__(self):
+        if StopSignal.listening:
+            return StopSignal.listening
         if jax.process_count() > 1:  # There JAX's own preemption service listens.
             return self
+        StopSignal.listening = self
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._before[number] = signal.signal(number, self._ask)
@@ -78,10 +111,25 @@ class StopSignal:
         return self
 
     def __exit__(self, *_):
+        if StopSignal.listening is self:
+            StopSignal.listening = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _ask(self, number, frame):
         if self.asked:  # The second time means now.
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self.asked = int(number)
+
+
+def stop_if_asked(where: str) -> None:
+    """Ends the process, in order, if a StopSignal is in force and was asked."""
+    if StopSignal.listening and (number := StopSignal.listening.asked):
+        stop(number, where)
+
+
+def stop(number: int, where: str):
+    """Ends the process with one line and the exit code of a signal."""
+    name = signal.Signals(number).name
+    print(f"stopped by {name} {where}; the same command continues", flush=True)
+    sys.exit(128 + number)

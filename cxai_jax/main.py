@@ -3,7 +3,9 @@
 The same: python -m cxai_jax.main --config=configs/siteB.py:full,lite0 --workdir=runs/b
 """
 
+import contextlib
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +14,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cxai_jax import host
+from cxai_jax import disk, host, hosts
 from cxai_jax.config import check_overrides, config_path, load_config_file
 from cxai_jax.inference.external import score_external
 from cxai_jax.report.terminal import summary
@@ -31,6 +33,9 @@ MODE = flags.DEFINE_enum(
 ON = flags.DEFINE_string(
     "on", "", "With --mode=eval: other data, as folder:NAME; results in eval/NAME."
 )
+FORCE_RESUME = flags.DEFINE_bool(
+    "force_resume", False, "Continue a run although its data have changed since."
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other hosts, which Slurm or the TPU pod tells of."
 )
@@ -39,6 +44,9 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator, from 0.")
+HOST_TIMEOUT_S = flags.DEFINE_float(
+    "host_timeout_s", 60.0, "Silence after which a host is lost and all others end."
+)
 # What a one-line message explains; anything else is a bug and keeps its traceback.
 EXPLAINED = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 
@@ -47,27 +55,26 @@ def main(_) -> None:
     host.keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    for noisy in ("absl", "orbax", "jax"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    for noisy in ("absl", "orbax"):  # What orbax logs as an error it raises as well.
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     workdir = Path(WORKDIR.value or default_workdir())
     jax.config.update(
         "jax_compilation_cache_dir", str(workdir.absolute() / "xla_cache")
     )
     try:
-        join_hosts()
-        if MODE.value == "check":
-            text = check.check(CONFIG.value, workdir)
-        else:
-            if warning := check.unused_gpu():
-                logging.warning(warning)
-            if ON.value:
-                out, results = score_external(CONFIG.value, workdir, ON.value)
-            else:
-                run = {"train": train, "eval": score}[MODE.value]
-                out, results = workdir, run(CONFIG.value, workdir)
-            text = f"{summary(results)}\nreport: {out / 'report.html'}"
+        if CONFIG.value.deterministic:
+            host.be_deterministic()
+        with join_hosts():
+            text = perform(CONFIG.value, workdir)
     except EXPLAINED as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if not (told := disk.explain(error)):
+            raise
+        sys.exit(f"error: {told}; the same command continues once it can be written")
+    except KeyboardInterrupt as error:  # Where nothing listens, or the second signal.
+        host.stop(error.args[0] if error.args else signal.SIGINT, "at once")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -79,11 +86,28 @@ def main(_) -> None:
 def default_workdir() -> Path:
     """runs/CONFIG-ROW-ROW."""
     name, _, rows = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    rows = Path(rows).stem if rows.endswith(".json") else rows
     return Path("runs", "-".join([Path(name).stem, *filter(None, rows.split(","))]))
 
 
-def join_hosts() -> None:
-    """Joins the processes of a multi-host run, before the first device is touched.
+def perform(config, workdir: Path) -> str:
+    """Does what --mode says; returns what is to be printed."""
+    if MODE.value == "check":
+        return check.check(config, workdir)
+    if warning := check.unused_gpu():
+        logging.warning(warning)
+    out = workdir
+    if ON.value:
+        out, results = score_external(config, workdir, ON.value)
+    elif MODE.value == "eval":
+        results = score(config, workdir)
+    else:
+        results = train(config, workdir, force_resume=FORCE_RESUME.value)
+    return f"{summary(results)}\nreport: {out / 'report.html'}"
+
+
+def join_hosts():
+    """A context in which the processes of a multi-host run have joined.
 
     Raises:
       ValueError: if --coordinator, --num_processes and --process_id are not together.
@@ -94,8 +118,9 @@ def join_hosts() -> None:
             "--coordinator, --num_processes and --process_id belong together; on Slurm "
             "and TPU pods --distributed alone finds all three"
         )
-    if DISTRIBUTED.value or COORDINATOR.value:
-        jax.distributed.initialize(*given)
+    if not (DISTRIBUTED.value or COORDINATOR.value):
+        return contextlib.nullcontext()
+    return hosts.joined(*given, timeout_s=HOST_TIMEOUT_S.value)
 
 
 def out_of_memory(config) -> str:

@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import signal as signals
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cxai_jax import host
+from cxai_jax import disk, host
 from cxai_jax.data import inputs, novelty, pipeline, reading, transforms
 from cxai_jax.inference.decisions import POINTS, make_rule
 from cxai_jax.inference.predictor import Predictor, chosen_sites, load, over_sites
@@ -63,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="continue in --out")
     given = parser.parse_intermixed_args(arguments)
     host.keep_freed_memory()
-    for noisy in ("absl", "orbax", "jax"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    for noisy in ("absl", "orbax"):  # What orbax logs as an error it raises as well.
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     # What pydicom cannot read becomes an error of ours; importing it resets its level.
     logging.getLogger("pydicom").addHandler(logging.NullHandler())
     logging.getLogger("pydicom").propagate = False
@@ -288,5 +290,19 @@ def conclude(out: Path, rows, errors, answer, about, counts) -> int:
     return int(bool(errors)) if rows else 2
 
 
+def command() -> int:
+    """`main`, where a full disk or a signal outside the loop ends in one line."""
+    try:
+        return main()
+    except OSError as error:
+        if not (told := disk.explain(error)):
+            raise
+        print(f"error: {told}; --resume continues", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print("stopped; the same command with --resume continues")
+        return 128 + (error.args[0] if error.args else signals.SIGINT)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

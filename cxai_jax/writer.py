@@ -12,16 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cxai_jax import disk
+
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes JSON in one move: a reader sees the old file or the new, never half.
-
-    NaN and infinity, which JSON does not have, become null.
-    """
-    temporary = path.with_suffix(path.suffix + ".tmp")
+    """Writes JSON in one move, see `disk.write`; NaN and infinity become null."""
     text = json.dumps(strict(value), indent=1, allow_nan=False)
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)
+    disk.write(path, text + "\n")
 
 
 def read_json(path: Path, *fields: str) -> dict:
@@ -88,7 +85,7 @@ class Writer:
             rows = _lines(self._path)
             kept = [r for r in rows if _step_of(r) is not None]
             kept = [r for r in kept if _step_of(r) <= start_step]
-        self._path.write_text("".join(row + "\n" for row in kept))
+        disk.write(self._path, "".join(row + "\n" for row in kept))
         self._wandb = _open_wandb(workdir)
         try:
             from tensorboardX import SummaryWriter
@@ -101,9 +98,9 @@ class Writer:
         if not self.active:
             return
         values = {name: float(value) for name, value in values.items()}
-        with self._path.open("a") as file:
-            row = strict({"step": step, **values})
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        row = json.dumps(strict({"step": step, **values}), allow_nan=False) + "\n"
+        with disk.writing(self._path, len(row)), self._path.open("a") as file:
+            file.write(row)
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)

@@ -35,9 +35,9 @@ from cxai_jax.config import claim_workdir, flatten, load_config_file
 from cxai_jax.models import MODELS
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import loop as training
-from cxai_jax.training.results import versions
+from cxai_jax.training.results import OPTIMISTIC, versions
 from cxai_jax.voting import rules
-from cxai_jax.writer import write_json
+from cxai_jax.writer import read_log, write_json
 from experiments import kept_runs, paired
 
 RESULTS = Path(__file__).parent / "results"
@@ -261,7 +261,9 @@ def run(config: ConfigDict, workdir: Path) -> tuple[dict, dict]:
     done = workdir / "results.json"
     if not done.exists():
         training.train(config, workdir)
-    found = evaluate.load_predictions(workdir / f"predictions_{config.data.test}.npz")
+    found = evaluate.load_predictions(
+        evaluate.predictions_file(workdir, config.data.test)
+    )
     predictions = {n: found[n] for n in ("names", "patients", "labels", "sites")}
     predictions["probs"] = found["probs"][:, 0]
     predictions["chosen"] = found["probs"][:, 0].argmax(1)
@@ -269,7 +271,9 @@ def run(config: ConfigDict, workdir: Path) -> tuple[dict, dict]:
         votes = rules.votes_for(found["probs"], theta=config.tta.theta, k=k)
         predictions["voted"] = np.asarray(votes.labels)
         predictions["opposing"] = np.asarray(votes.opposing)
-    return json.loads(done.read_text()), predictions
+    losses = [row["loss"] for row in read_log(workdir) if "loss" in row]
+    results = json.loads(done.read_text())
+    return results | {"loss": [losses[0], losses[-1]]}, predictions
 
 
 def keep(path: Path, job: Job, results: dict, predictions: dict) -> None:
@@ -291,6 +295,8 @@ def keep(path: Path, job: Job, results: dict, predictions: dict) -> None:
         "steps": results["steps"],
         "seconds": round(results.get("time", {}).get("total_s", 0)),
         "curve": curve,  # Of validation.
+        "loss": results["loss"],  # Of the first and the last logged steps.
+        "best test epoch": results[OPTIMISTIC],
     }
     kept_runs.keep(path, about, predictions)
 
@@ -386,14 +392,19 @@ def about(jobs: Sequence[Job], folder: Path, runs: dict) -> dict:
 
 def write_table(path: Path, table: dict, described: dict) -> None:
     """Writes PATH.json, .md and .tex."""
-    write_json(path.with_name(f"{path.name}.json"), {**described, "table": table})
+    write_pages(path, {**described, "table": table}, paired.pages(table))
+
+
+def write_pages(path: Path, described: dict, pages: Sequence[paired.Page]) -> None:
+    """Writes `described`, see `about`, with its table, and pages for reading."""
+    write_json(path.with_name(f"{path.name}.json"), described)
     note = (
-        f"{', '.join(described['data'])}, {described['images']} test images by seed, "
+        f"{', '.join(described['data'])}, test images {described['images']}, "
         f"{described['runs']} runs, percent.\n\n"
     )
-    path.with_name(f"{path.name}.md").write_text(note + paired.markdown(table), "utf-8")
+    path.with_name(f"{path.name}.md").write_text(note + paired.markdown(pages), "utf-8")
     path.with_name(f"{path.name}.tex").write_text(
-        f"% {note}{paired.latex(table)}", "utf-8"
+        f"% {note}{paired.latex(pages)}", "utf-8"
     )
 
 

@@ -17,6 +17,7 @@ RESAMPLES = 2000
 # An effect of 2.8 standard errors is found (two-sided, 5 %) with a power of 80 %:
 # 1.96 + 0.84.
 POWER = 2.8
+Page = tuple[str, list[list[str]]]  # Title, and rows of cells below a head.
 RATES = ("accuracy", "precision", "recall", "f1")
 
 
@@ -216,8 +217,8 @@ def describe(table: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def pages(table: dict[str, dict]) -> list[tuple[str, list[list[str]]]]:
-    """The table as (title, rows with a head) of cells, for `markdown` and `latex`."""
+def pages(table: dict[str, dict]) -> list[Page]:
+    """The table as pages, for `markdown` and `latex`."""
     names = list(dict.fromkeys(name for values in table.values() for name in values))
     gains = [name for name in names if name.startswith("gain")]
     plain = [name for name in names if name not in gains]
@@ -266,19 +267,19 @@ def _gain(value: dict | None) -> str:
     return f"{shown(value, '+')} [{100 * value['detectable']:.1f}]"
 
 
-def markdown(table: dict[str, dict]) -> str:
-    """The pages as Markdown tables, in percent."""
+def markdown(pages: Sequence[Page]) -> str:
+    """Pages, as `pages` gives them, as Markdown tables."""
     text = ""
-    for title, (head, *rows) in pages(table):
+    for title, (head, *rows) in pages:
         text += f"**{title}**\n\n| {' | '.join(head)} |\n{'|---' * len(head)}|\n"
         text += "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n"
     return text
 
 
-def latex(table: dict[str, dict]) -> str:
-    """The pages as LaTeX tabulars, in percent."""
+def latex(pages: Sequence[Page]) -> str:
+    """Pages, as `pages` gives them, as LaTeX tabulars."""
     text = ""
-    for title, (head, *rows) in pages(table):
+    for title, (head, *rows) in pages:
         text += f"% {title}\n\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\hline\n"
         text += f"{_escaped(head)}\n\\hline\n"
         text += "".join(f"{_escaped(row)}\n" for row in rows)

@@ -2,6 +2,7 @@
 compiles the same step again and compilation is what tests spend their time on."""
 
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -18,6 +19,24 @@ def compilation_cache(tmp_path_factory):
         folder = folder.parent
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The workdir of a training in a process of its own that nothing interrupted."""
+    from training_process import Training
+
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    Training(workdir).succeed()
+    return workdir
+
+
+@pytest.fixture
+def compiled(reference, tmp_path):
+    """An empty workdir in which the same programs need not be compiled again."""
+    workdir = tmp_path / "run"
+    shutil.copytree(reference / "xla_cache", workdir / "xla_cache")
+    return workdir
 
 
 @pytest.fixture

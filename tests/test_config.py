@@ -12,6 +12,7 @@ import pytest
 from configs import common, from_json
 from cxai_jax import main
 from cxai_jax.config import check_overrides, claim_workdir, flatten, read_config
+from cxai_jax.training.validate import check_config
 
 REPO = Path(__file__).parents[1]
 
@@ -112,6 +113,7 @@ def test_settings_from_json_change_fields_and_run_nothing(tmp_path):
         ({"seed": 1.5}, "seed is 1.5, expected a value like 0"),
         ({"seed": True}, "seed is True, expected"),
         ({"seed": None}, "seed is None, expected"),
+        ({"train": {"epochs": 10**400}}, "train.epochs is 10000.*, expected"),
         ({"model": {"name": ["a"]}}, r"model.name is \['a'\], expected"),
         ({"data": {"site_repeats": [[1]]}}, "site_repeats is .*expected a value like"),
         ([], "holds a list, expected an object"),
@@ -123,6 +125,18 @@ def test_settings_that_do_not_fit_are_named(tmp_path, content, message):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"settings.json.*{message}"):
         from_json.get_config(str(path))
+
+
+def test_values_from_json_are_validated_as_all_others(tmp_path):
+    path = tmp_path / "settings.json"
+    for content, message in (
+        ({"mix": {"prob": 2.0}}, "config.mix.prob is 2.0"),
+        ({"data": {"site_repeats": ["a"]}}, "config.data.site_repeats is"),
+        ({"train": {"epochs": float("nan")}}, "config.train.epochs is nan"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            check_config(from_json.get_config(str(path)))
 
 
 def test_a_json_file_is_a_config_of_the_command():

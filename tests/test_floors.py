@@ -13,7 +13,7 @@ import cxai_jax
 PACKAGE = REPO / "cxai_jax"
 # From the ground up; folders of one floor do not import each other.
 FLOORS = [
-    {"config", "types", "mesh", "host", "writer"},
+    {"config", "types", "mesh", "host", "hosts", "disk", "writer"},
     {"maps", "models"},
     {"objectives", "data"},
     {"voting"},

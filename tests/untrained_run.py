@@ -5,11 +5,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from small import small
 
-from configs import demo
 from cxai_jax import data
 from cxai_jax.config import claim_workdir
 from cxai_jax.data import novelty
+from cxai_jax.data.identity import identity
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import run as runs
 from cxai_jax.training.checkpoint import Checkpoints
@@ -26,15 +27,8 @@ def make_run(workdir: Path, **model_fields):
       workdir: an empty folder.
       **model_fields: of `config.model`.
     """
-    config = demo.get_config("full")
+    config = small(**{"eval.batch_size": 4, "tta.theta": 0.45})
     config.model.update(model_fields)
-    config.data.image_size = 32
-    config.data.resize = 36
-    config.data.phantom_images = 48
-    config.eval.batch_size = 4
-    config.tta.k = 3
-    config.tta.patch = 8
-    config.tta.theta = 0.45
     claim_workdir(config, workdir)
     dataset = data.load(config.data)
     network = runs.build_network(config, 2, num_sites=len(dataset.site_names))
@@ -48,21 +42,17 @@ def make_run(workdir: Path, **model_fields):
         lambda x: x.at[1].add(0.5) if x.ndim > 1 else x, state.batch_stats
     )
     state = state.replace(params=loud, batch_stats=stats)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save("latest", 1, state, {"curve": []})
+    about = {"curve": [], "data": {"": identity(dataset)}}
+    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints.save("latest", 1, state, about)
     checkpoints.wait()
     checkpoints.close()
-    names = list(dataset.class_names)
-    about = {"class_names": names, "positive": names[dataset.positive]}
-    about["site_names"] = list(dataset.site_names)
     probs = np.full((len(dataset.splits["test"]), 1, 2), 0.5)
     test = dataset.splits["test"]
     scored = {"probs": probs, "labels": test.labels, "sites": test.sites}
     scored |= {"names": test.names, "patients": test.patients}
-    about |= {"name": "phantom", "split_scheme": dataset.split_scheme}
-    about["counts"] = {name: len(records) for name, records in dataset.splits.items()}
-    about["leakage"] = {"verdict": "clean"}
-    results = {"data": about, "metrics": evaluate.score(scored, dataset, config)}
+    data_of_run = about["data"][""] | {"leakage": {"verdict": "clean"}}
+    results = {"data": data_of_run, "metrics": evaluate.score(scored, dataset, config)}
     results |= {"calibration": {}, "maps": {"scale": 10.0}, "versions": {}}
     results["config"] = json.loads(config.to_json())
     write_json(workdir / "results.json", results)

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from cxai_jax.data import cxr, folder, folds, phantom, sites
+from cxai_jax.data import cxr, digits, folder, folds, phantom, sites, tfds_digits
 from cxai_jax.data.records import Dataset, DatasetSpec
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -12,11 +12,17 @@ DATASETS: dict[str, DatasetSpec] = {
     "joint": sites.JOINT,
     "cxr": cxr.SPEC,
     "folder": folder.SPEC,
+    "mnist": digits.MNIST,
+    "usps": digits.USPS,
+    "mnist_m": digits.MNIST_M,
+    "tfds": tfds_digits.SPEC,
 }
+NAMED = ("folder", "tfds")  # Whose own names follow behind a colon.
 
 
 def load(data_config: ConfigDict) -> Dataset:
-    """Opens the data set `config.data.name`; "folder:x" is the folder prepared as x.
+    """Opens the data set `config.data.name`; "folder:x" is the folder prepared as x,
+    "tfds:x" what TFDS left on disk as x.
 
     With `config.data.fold` its images are split anew, see `folds.refold`.
 
@@ -36,8 +42,9 @@ def spec_of(name: str) -> DatasetSpec:
       ValueError: for an unknown name; it lists the known ones.
     """
     kind, _, directory = name.partition(":")
-    if kind not in DATASETS or (directory and kind != "folder"):
+    if kind not in DATASETS or (directory and kind not in NAMED):
         raise ValueError(
-            f"config.data.name is {name!r}; known: {', '.join(DATASETS)}, folder:NAME"
+            f"config.data.name is {name!r}; known: {', '.join(DATASETS)}, folder:NAME, "
+            "tfds:mnist"
         )
     return DATASETS[kind]

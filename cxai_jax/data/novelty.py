@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cxai_jax import disk
 from cxai_jax.data.records import Records
 from cxai_jax.writer import read_json
 
@@ -211,9 +212,7 @@ def describe_features(trained_on: np.ndarray, held_out: np.ndarray | None) -> di
 
 def save_features(workdir: Path, described: dict) -> None:
     """Writes what `describe_features` returned."""
-    temporary = workdir / f"{FEATURES}.tmp.npz"
-    np.savez_compressed(temporary, **described)
-    temporary.replace(workdir / FEATURES)
+    disk.write_arrays(workdir / FEATURES, described)
 
 
 def load_features(workdir: Path) -> dict:

@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="site_a: blocked (default), random, wang; cxr: seed0, ...; folder: test, "
         "to keep every image for testing",
     )
-    add("--split_files", help="site_a, wang: TRAIN.txt,TEST.txt")
+    add("--split_files", help="sites, wang: TRAIN.txt,TEST.txt")
     add("--name", help="folder: read back as folder:NAME")
     add("--positive", help="folder: the class whose sensitivity is reported")
     add("--overwrite", action="store_true", help="replace data of the same name")

@@ -27,6 +27,7 @@ SITE_A_SPLITS = {
     "random": "random (image-level)",
     "wang": "wang (given split files)",
 }
+SITE_B_SPLITS = {"official": "official", "wang": SITE_A_SPLITS["wang"]}
 SITE_B_TABLES = {  # CSV with the patients of each class, its two columns.
     "CT_NonCOVID": ("NonCOVID-CT-MetaInfo.csv", "image name", "patient id"),
     "CT_COVID": ("COVID-CT-MetaInfo.csv", "File name", "Patient ID"),
@@ -41,15 +42,19 @@ def load_site_a(data_config: ConfigDict) -> Dataset:
 
 
 def load_site_b(data_config: ConfigDict) -> Dataset:
-    """Prepared site B with its official split."""
-    _known(data_config.split, ("official",), "site_b")
-    return store.load("site_b", "official", data_config.data_dir)
+    """Prepared site B; `split`: official (default) or wang."""
+    _known(data_config.split, SITE_B_SPLITS, "site_b")
+    return store.load("site_b", data_config.split or "official", data_config.data_dir)
 
 
 def load_joint(data_config: ConfigDict) -> Dataset:
-    """Sites A and B pooled; `split` is site A's, site B keeps its official one."""
+    """Sites A and B pooled; `split` is site A's, site B's is official.
+
+    With `split` wang both have that of Wang et al. (2020b).
+    """
     first = load_site_a(data_config)
-    second = store.load("site_b", "official", data_config.data_dir)
+    own = "wang" if data_config.split == "wang" else "official"
+    second = store.load("site_b", own, data_config.data_dir)
     pooled = {}
     for key in SPLITS:
         parts = [
@@ -123,26 +128,58 @@ def plan_site_a(
     )
 
 
-def plan_site_b(source: str | Path, split: str = "") -> Plan:
-    """Reads the folders, official lists and patient tables of site B.
+def plan_site_b(
+    source: str | Path, split: str = "", split_files: Sequence[str | Path] = ()
+) -> Plan:
+    """Reads the folders, split lists and patient tables of site B.
 
     Args:
-      source: folder that holds CT_COVID/, CT_NonCOVID/, Data-split/ and Meta-data/.
-      split: "official".
+      source: folder that holds CT_COVID/, CT_NonCOVID/, Meta-data/ and, for the
+        official split, Data-split/.
+      split: "official" or "wang".
+      split_files: for "wang", as in `plan_site_a`.
 
     Raises:
       FileNotFoundError: for a missing folder, list or table, or a list that names an
         absent image.
-      ValueError: for an unknown split, an image in no list or in two.
+      ValueError: for an unknown split, an image in two lists, a malformed list, or an
+        image in no official list.
     """
-    _known(split, ("official",), "site_b")
+    split = split or ("wang" if split_files else "official")
+    _known(split, SITE_B_SPLITS, "site_b")
     source = Path(source)
     files, labels, names = _class_files(source, SITE_B_FOLDERS)
-    chosen, patients = {}, {}
+    patients = {}
     for folder in SITE_B_FOLDERS:
         table, key, value = SITE_B_TABLES[folder]
         table = store.read_table(source / "Meta-data" / table, key, value)
         patients |= {f"{folder}/{name}": patient for name, patient in table.items()}
+    unlisted = []
+    if split == "wang":
+        chosen = _wang(split_files, source, dict(zip(names, labels, strict=True)))
+        unlisted = [(n, "in no split file") for n in names if n not in chosen]
+    else:
+        chosen = _official(source, names)
+    return Plan(
+        name="site_b",
+        split=split,
+        split_scheme=SITE_B_SPLITS[split],
+        class_names=CLASS_NAMES,
+        site_names=("site_b",),
+        positive=POSITIVE,
+        sources=[
+            Source(file, name, int(label), chosen[name], patients.get(name, ""))
+            for file, name, label in zip(files, names, labels, strict=True)
+            if name in chosen
+        ],
+        unlisted=unlisted,
+    )
+
+
+def _official(source: Path, names: Sequence[str]) -> dict[str, str]:
+    """Image name -> split, from the official lists of site B."""
+    chosen: dict[str, str] = {}
+    for folder in SITE_B_FOLDERS:
         kind = folder.removeprefix("CT_")
         for part in SPLITS:
             listing = source / "Data-split" / kind / f"{part}{folder}.txt"
@@ -154,18 +191,7 @@ def plan_site_b(source: str | Path, split: str = "") -> Plan:
             f"{source / missing[0]} is in none of the lists of {source / 'Data-split'} "
             f"({len(missing)} such images); list it or remove it"
         )
-    return Plan(
-        name="site_b",
-        split="official",
-        split_scheme="official",
-        class_names=CLASS_NAMES,
-        site_names=("site_b",),
-        positive=POSITIVE,
-        sources=[
-            Source(file, name, int(label), chosen[name], patients.get(name, ""))
-            for file, name, label in zip(files, names, labels, strict=True)
-        ],
-    )
+    return chosen
 
 
 def _known(split: str, known: Sequence[str], dataset: str) -> None:
@@ -231,6 +257,8 @@ def _wang(split_files: Sequence, source, labels: dict[str, int]) -> dict[str, st
                 f"{listing}: the file name must hold one of {', '.join(SPLITS)}"
             )
         for line in store.read_list(listing):
+            if "/ c o" in line:  # Where the published reader stops.
+                break
             # The path may hold spaces: "12 new_data/Covid (3).jpg COVID-19".
             words = line.split()
             if len(words) < 3 or words[-1] not in WANG_LABELS:

@@ -62,7 +62,8 @@ def load(workdir: Path) -> Trained:
             f"{results} does not exist: the run is not finished; continue it, or score "
             "its last checkpoint with --mode=eval"
         )
-    class_names, site_names, positive = _names(results)
+    data = read_json(results, "data")["data"]
+    class_names, site_names, _ = _names(data, results)
     # The checkpoint replaces pretrained weights, so they need not be found again.
     fresh = config.copy_and_resolve_references()
     fresh.model.pretrained = ""
@@ -76,14 +77,17 @@ def load(workdir: Path) -> Trained:
         raise ValueError(f"{path} does not describe a network: {error}") from error
     template = jax.eval_shape(method.init, jax.random.key(0), network.variables)
     kind = "best" if config.train.selection == "best_val" else "latest"
-    checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
+    checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore(kind, template)
     checkpoints.close()
     if restored is None:
         raise FileNotFoundError(
             f"{checkpoints.folder / kind} holds no checkpoint; train first"
         )
-    state, step, _ = restored
+    state, step, about = restored
+    # Of the run that trained, whoever scored it since.
+    data = about.get("data", {}).get("", data)
+    class_names, site_names, positive = _names(data, results)
     return Trained(
         config=config,
         class_names=class_names,
@@ -108,9 +112,8 @@ def _map_scale(path: Path) -> float:
         raise ValueError(f"{path} lacks the scale of the maps; {again}") from None
 
 
-def _names(results: Path) -> tuple[list[str], list[str], int]:
-    """Names of the classes and sites of a results.json; the positive class' index."""
-    data = read_json(results, "data")["data"]
+def _names(data, results: Path) -> tuple[list[str], list[str], int]:
+    """Names of the classes and sites of a run's data; the positive class' index."""
     found = data if isinstance(data, dict) else {}
     classes, sites = found.get("class_names"), found.get("site_names")
     for what, names in (("classes", classes), ("sites", sites)):

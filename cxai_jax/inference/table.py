@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from cxai_jax import disk
 from cxai_jax.data import novelty, tables
 from cxai_jax.inference import decisions, shown_maps
 from cxai_jax.inference.predictor import Predicted, Trained
@@ -165,7 +166,7 @@ def row(
     heated = pictures.overlay(one.shown, class_map, model.map_scale)
     legend = f"{answer.kind} of {names[found.before[i]]}, 0 to {model.map_scale:.3g}"
     panel = pictures.panel(one.shown, heated, legend)
-    (out / overlay).write_bytes(pictures.encode(panel, "PNG"))
+    disk.write(out / overlay, pictures.encode(panel, "PNG"))
     outside = pictures.share_outside(
         class_map, pictures.body(one.shown), model.map_scale
     )
@@ -327,4 +328,4 @@ def finish(
         results=answer.model.results if answer else None,
         legend=answer.legend() if answer else "",
     )
-    (out / "report.html").write_text(html, "utf-8", "backslashreplace")
+    disk.write(out / "report.html", html)

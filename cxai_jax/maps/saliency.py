@@ -35,11 +35,11 @@ class Explained(NamedTuple):
 
     lower: Callable[..., Array]  # images [B, H, W, C], site -> A3 [B, 2h, 2w, D3]
     upper: Callable[..., Array]  # A3, site -> F [B, h, w, D]
-    head: Callable[[Array], Array]  # F -> logits [B, K]
+    head: Callable[..., Array]  # F, site -> logits [B, K]
     site: Array | None = None  # int32 [B], for a network with parts of each site.
 
     def upper_head(self, lower: Array) -> Array:
-        return self.head(self.upper(lower, self.site))
+        return self.head(self.upper(lower, self.site), self.site)
 
     def logits(self, images: Array) -> Array:
         return self.upper_head(self.lower(images, self.site))
@@ -69,7 +69,7 @@ def stages(
     return Explained(
         lower=stage("lower"),
         upper=stage("upper"),
-        head=lambda features: model.apply(variables, features, method="head"),
+        head=stage("head"),
         site=site,
     )
 

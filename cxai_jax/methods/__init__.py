@@ -8,11 +8,18 @@ from collections.abc import Callable
 
 import optax
 
-from cxai_jax.methods import guided
+from cxai_jax.methods import cycada, dann, dranet, guided, ms_net, target_statistics
 from cxai_jax.methods.method import Method, Network
 
 # Name -> make(config, network, optimizer, *, total_steps, groups) -> Method.
-METHODS: dict[str, Callable[..., Method]] = {"guided": guided.make}
+METHODS: dict[str, Callable[..., Method]] = {
+    "guided": guided.make,
+    "target_statistics": target_statistics.make,
+    "dann": dann.make,
+    "cycada": cycada.make,
+    "dranet": dranet.make,
+    "ms_net": ms_net.make,
+}
 
 
 def build(

@@ -49,7 +49,8 @@ class Setting(NamedTuple):
 class Seen(NamedTuple):
     """What the loss terms of one batch may read."""
 
-    params: PyTree
+    variables: PyTree
+    site: Array  # int32 [B]
     logits: Array  # [B, K]
     outputs: Outputs  # Of the training forward of the mixed images.
     pair: Mixed
@@ -192,9 +193,9 @@ def see(
         model, params, batch_stats, images, "train", site
     )
     dominant = jnp.where(pair.weight_a >= pair.weight_b, pair.labels_a, pair.labels_b)
+    variables = {"params": params, "batch_stats": batch_stats}
     maps, align = [], config.align
     if align.weight > 0 or align.mask_weight > 0:
-        variables = {"params": params, "batch_stats": batch_stats}
         maps = saliency.signed_maps(
             align.maps,
             saliency.stages(model, variables, "explain", site),
@@ -207,7 +208,9 @@ def see(
             input_grad_fraction=align.input_grad_fraction,
         )
     lungs = masks[..., 0] if masks.shape[-1] else None
-    seen = Seen(params, logits, outputs, pair, dominant, clean_map, maps, lungs)
+    seen = Seen(
+        variables, site, logits, outputs, pair, dominant, clean_map, maps, lungs
+    )
     return seen, new_stats
 
 
@@ -244,9 +247,9 @@ def total_loss(setting: Setting, seen: Seen, step: Array) -> tuple[Array, dict]:
 
 def cross_entropy(setting: Setting, seen: Seen) -> Array:
     """Of both labels by their weights (Huang et al. 2021), [B]."""
-    pair = seen.pair
+    pair, scores = seen.pair, losses.SCORES[setting.config.loss.scores](seen.logits)
     return losses.mixed_cross_entropy(
-        seen.logits, pair.labels_a, pair.labels_b, pair.weight_a, pair.weight_b
+        scores, pair.labels_a, pair.labels_b, pair.weight_a, pair.weight_b
     )
 
 
@@ -274,7 +277,7 @@ def patch_contrast(setting: Setting, seen: Seen) -> Array:
 def image_contrast(setting: Setting, seen: Seen) -> Array:
     """Supervised NT-Xent between the images of the batch, on their projection (A16)."""
     embeddings = setting.model.apply(
-        {"params": seen.params}, seen.outputs.features, method="project"
+        seen.variables, seen.outputs.features, "train", seen.site, method="project"
     )
     temperature = setting.config.contrastive.temperature
     return losses.supervised_nt_xent(embeddings, seen.dominant, temperature=temperature)

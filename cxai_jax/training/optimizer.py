@@ -1,6 +1,6 @@
-"""SGD with Nesterov momentum, parameter groups and the published schedules.
+"""SGD with Nesterov momentum or Adam, parameter groups, the published schedules.
 
-Equals torch.optim.SGD(momentum, nesterov=True, weight_decay): coupled L2 on every
+SGD equals torch.optim.SGD(momentum, nesterov=True, weight_decay): coupled L2 on every
 parameter, one momentum buffer, the learning rate applied last (method 4.2, A20).
 """
 
@@ -15,6 +15,12 @@ from flax.traverse_util import flatten_dict
 from cxai_jax import models
 from cxai_jax.types import PyTree
 
+# Name in config.optim.name -> what becomes of gradient and weight decay, before the
+# learning rate. Adam is torch's: the decay is coupled, it is no AdamW.
+OPTIMIZERS: dict[str, Callable] = {
+    "sgd": lambda config: optax.trace(config.momentum, nesterov=True),
+    "adam": lambda config: optax.scale_by_adam(),
+}
 SCHEDULES = ("multistep", "cosine", "constant")
 FROZEN = "frozen"  # The group that no step changes.
 RULE = re.compile(
@@ -199,7 +205,7 @@ def make_optimizer(
     learning = optax.chain(
         clip if config.clip_norm else optax.identity(),
         optax.add_decayed_weights(config.weight_decay),
-        optax.trace(config.momentum, nesterov=True),
+        OPTIMIZERS[config.name](config),
         optax.multi_transform(rates, label_params),
     )
     if not any(group == FROZEN for _, group in parse_groups(config.groups)):

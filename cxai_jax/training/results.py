@@ -8,8 +8,10 @@ from importlib import metadata
 
 import jax
 
+from cxai_jax import disk
 from cxai_jax import mesh as meshes
 from cxai_jax.data import novelty
+from cxai_jax.data.identity import identity
 from cxai_jax.data.records import Dataset, Records
 from cxai_jax.methods.method import Method
 from cxai_jax.report import pictures
@@ -19,6 +21,7 @@ from cxai_jax.training.run import Run, fit_records
 from cxai_jax.types import PyTree
 from cxai_jax.writer import read_log, write_json
 
+OPTIMISTIC = "best_test_epoch_accuracy (reference protocol, optimistic)"
 EXPLAINED = 24  # Test images whose maps are measured where an alignment term is on.
 
 
@@ -36,12 +39,15 @@ def conclude(run: Run, method: Method, state, *, steps: int, compiled: dict) -> 
       The contents of results.json. Beside it lie the predictions file, what `predict`
       needs (novelty) and report.html.
     """
+    disk.check(run.out)
     variables, selected = select(run, method, state)
-    predictions = run.evaluator.predict(variables, run.test)
+    predictions = run.evaluator.predict(variables, run.test, stoppable=True)
     found = explain_some(run, variables)
     validation = None
     if run.validation is not None:
-        validation = run.evaluator.predict(variables, run.validation, votes=False)
+        validation = run.evaluator.predict(
+            variables, run.validation, votes=False, stoppable=True
+        )
     features = described_features(run, variables, validation)
     results = collect(run, validation, predictions) | {
         "explanations": summary_of(run, found),
@@ -50,7 +56,7 @@ def conclude(run: Run, method: Method, state, *, steps: int, compiled: dict) -> 
         "time": {**compiled, "total_s": time.monotonic() - run.started},
     }
     if jax.process_index() == 0:
-        novelty.save_features(run.workdir, features)
+        novelty.save_features(run.out, features)
         write(run, results, predictions, found)
     run.checkpoints.close()
     return results
@@ -75,7 +81,7 @@ def described_features(run: Run, variables: PyTree, validation: dict | None) -> 
     """What tells `predict` a foreign image, from training and validation images."""
     fit = fit_records(run.sources, run.config.data.fit)
     some = fit.subset(explanations.evenly(len(fit), novelty.KEPT))
-    seen = run.evaluator.predict(variables, some, votes=False)
+    seen = run.evaluator.predict(variables, some, votes=False, stoppable=True)
     held_out = None if validation is None else validation["pooled"]
     return novelty.describe_features(seen["pooled"], held_out)
 
@@ -96,9 +102,7 @@ def collect(run: Run, validation: dict | None, predictions: dict) -> dict:
     return {
         "metrics": evaluate.score(predictions, dataset, config),
         "calibration": calibrated,  # {} where no validation split was held out.
-        "best_test_epoch_accuracy (reference protocol, optimistic)": max(
-            optimistic, default=None
-        ),
+        OPTIMISTIC: max(optimistic, default=None),
         "curve": run.curve,
         "maps": {"scale": pictures.scale_of(predictions)},
         "finished": time.strftime("%Y-%m-%d"),
@@ -117,34 +121,23 @@ def collect(run: Run, validation: dict | None, predictions: dict) -> dict:
 
 def describe(dataset: Dataset) -> dict:
     """What a data set is: names, counts, fingerprint, leakage."""
-    return {
-        "name": dataset.name,
-        "class_names": list(dataset.class_names),
-        "positive": dataset.class_names[dataset.positive],
-        "site_names": list(dataset.site_names),
-        "split_scheme": dataset.split_scheme,
-        "fingerprint": dataset.fingerprint,
-        "counts": {name: len(records) for name, records in dataset.splits.items()},
-        "leakage": dataset.leakage,
-    }
+    return {**identity(dataset), "leakage": dataset.leakage}
 
 
 def write(run: Run, results: dict, predictions: dict, found: dict) -> None:
     """Writes the files of a finished run, results.json after what it stands for."""
     split = run.config.data.test
     warn_below_chance(results["metrics"]["all"])
-    evaluate.save_predictions(
-        evaluate.predictions_file(run.workdir, split), predictions
-    )
+    evaluate.save_predictions(evaluate.predictions_file(run.out, split), predictions)
     if found:
-        explanations.save(run.workdir / f"explanations_{split}.npz", found)
+        explanations.save(run.out / f"explanations_{split}.npz", found)
     fit = fit_records(run.sources, run.config.data.fit)
-    write_json(run.workdir / novelty.FILE, novelty.describe(fit))
-    write_json(run.workdir / "results.json", results)
+    write_json(run.out / novelty.FILE, novelty.describe(fit))
+    write_json(run.out / "results.json", results)
     page = run_report(
         results, predictions, run.test, read_log(run.workdir), found or None
     )
-    (run.workdir / "report.html").write_text(page, encoding="utf-8")
+    disk.write(run.out / "report.html", page)
 
 
 def warn_below_chance(scored: dict) -> None:

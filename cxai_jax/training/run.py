@@ -16,6 +16,7 @@ from cxai_jax import data, methods, models
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
 from cxai_jax.data.augment import PER_IMAGE, Scale
+from cxai_jax.data.identity import identity
 from cxai_jax.data.records import Dataset, Records, concatenate
 from cxai_jax.methods.method import STREAMS, Method, Network
 from cxai_jax.models import pretrained
@@ -49,7 +50,7 @@ def build_network(
     scale = Scale(*models.normalisation(config.model.name))
     if config.data.normalisation == "per_image":
         scale = PER_IMAGE
-    return Network(model, variables, scale, summary)
+    return Network(model, variables, scale, summary, num_sites)
 
 
 def load_sources(config) -> dict[str, Dataset]:
@@ -62,7 +63,7 @@ def load_sources(config) -> dict[str, Dataset]:
     """
     main = data.load(config.data)
     sources = {"": main}
-    for field in ("fit", "target", "test"):
+    for field in ("fit", "target", "other", "test"):
         for split in filter(None, config.data[field].split("+")):
             name = split.rpartition(":")[0]
             if name in sources:
@@ -138,9 +139,20 @@ class Run:
     checkpoints: Checkpoints
     curve: list  # Learning curve: one dict of split -> scores per evaluation.
     started: float  # time.monotonic() when it was opened.
+    aside: Path | None = None  # Where results go while a training has the workdir.
 
     def about(self) -> dict:
-        return {"curve": list(self.curve)}
+        """What every checkpoint keeps beside the state."""
+        return {"curve": list(self.curve), "data": self.identities()}
+
+    def identities(self) -> dict[str, dict]:
+        """What the run's data are, by source."""
+        return {name: identity(dataset) for name, dataset in self.sources.items()}
+
+    @property
+    def out(self) -> Path:
+        """Where results go."""
+        return self.aside or self.workdir
 
     @property
     def dataset(self) -> Dataset:
@@ -148,8 +160,9 @@ class Run:
 
     @property
     def tested(self) -> Dataset:
-        """The data set that the test split is of."""
-        return self.sources[self.config.data.test.rpartition(":")[0]]
+        """The data set that the test split is of, of several joined by + the first."""
+        first = self.config.data.test.split("+")[0]
+        return self.sources[first.rpartition(":")[0]]
 
     @property
     def test(self) -> Records:
@@ -163,8 +176,11 @@ class Run:
         return self.dataset.splits.get("val")
 
 
-def open_run(config, workdir: Path) -> Run:
-    """Checks the config, loads the data and builds the network of a run."""
+def open_run(config, workdir: Path, *, write: bool = False) -> Run:
+    """Checks the config, loads the data and builds the network of a run.
+
+    Only a training may `write` checkpoints.
+    """
     validate.check_config(config)
     started = time.monotonic()
     mesh = meshes.make_mesh()
@@ -173,15 +189,17 @@ def open_run(config, workdir: Path) -> Run:
     for other in sources.values():
         if models.needs_site(config.model) and other.site_names != scored.site_names:
             raise ValueError(
-                f"config.model.norm={config.model.norm!r} has parts for the sites of "
-                f"{scored.name}, {', '.join(scored.site_names)}; {other.name} has "
+                f"config.model.norm={config.model.norm!r} and config.model.adapter="
+                f"{config.model.adapter!r} have parts for the sites of {scored.name}, "
+                f"{', '.join(scored.site_names)}; {other.name} has "
                 f"others: {', '.join(other.site_names)}"
             )
     network = build_network(
         config, len(scored.class_names), num_sites=len(scored.site_names)
     )
     evaluator = evaluate.Evaluator(network.model, network.scale, config, mesh)
-    checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
+    keep = config.train.keep_checkpoints if write else None
+    checkpoints = Checkpoints(workdir, keep=keep)
     run = Run(
         config, workdir, mesh, sources, network, evaluator, checkpoints, [], started
     )

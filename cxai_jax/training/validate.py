@@ -12,19 +12,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cxai_jax import data, models
 from cxai_jax import mesh as meshes
 from cxai_jax.config import flatten
 from cxai_jax.data.augment import CROPS, NORMALISATIONS
-from cxai_jax.data.pipeline import RESIDENCIES
+from cxai_jax.data.pipeline import RESIDENCIES, training_rows
 from cxai_jax.data.records import SPLITS, Records
 from cxai_jax.maps import saliency
 from cxai_jax.methods import METHODS
+from cxai_jax.models.adapters import ADAPTERS
 from cxai_jax.models.backbone import HEADS
+from cxai_jax.models.covidnet import STAGE4_INPUTS
 from cxai_jax.models.norm import NORMS
 from cxai_jax.objectives import alignment, losses, mixing
-from cxai_jax.training.optimizer import SCHEDULES, check_groups, parse_groups
+from cxai_jax.training.optimizer import (
+    OPTIMIZERS,
+    SCHEDULES,
+    check_groups,
+    parse_groups,
+)
 from cxai_jax.voting.forward import PREFIX_REUSE, prefix_crops
 from cxai_jax.voting.rules import FILLS
 
@@ -78,7 +86,7 @@ FROM_ZERO = Rule(lambda v: is_number(v) and v >= 0, "expected a number, 0 or mor
 
 def _is_data_set(name) -> bool:
     kind, _, directory = str(name).partition(":")
-    return kind in data.DATASETS and (not directory or kind == "folder")
+    return kind in data.DATASETS and (not directory or kind in data.NAMED)
 
 
 def _are_splits(names) -> bool:
@@ -118,6 +126,7 @@ NO_OR_SPLIT_NAMES = Rule(
 
 RULES: dict[str, Rule] = {
     "seed": whole(0),
+    "deterministic": FLAG,
     "method": one_of(METHODS),
     "model.name": one_of(models.MODELS),
     "model.head": one_of(HEADS),
@@ -127,13 +136,19 @@ RULES: dict[str, Rule] = {
     "model.projection": whole(0),
     "model.remat": FLAG,
     "model.norm": one_of(NORMS),
-    "data.name": Rule(_is_data_set, f"known: {', '.join(data.DATASETS)}, folder:NAME"),
+    "model.adapter": one_of(ADAPTERS),
+    "model.stage4_input": one_of(STAGE4_INPUTS),
+    "data.name": Rule(
+        _is_data_set,
+        f"known: {', '.join(data.DATASETS)}, folder:NAME, tfds:mnist",
+    ),
     "data.data_dir": TEXT,
     "data.split": TEXT,
     "data.fold": TEXT,  # data.folds.refold tells its form.
     "data.split_seed": whole(0),
     "data.fit": SPLIT_NAMES,
     "data.target": NO_OR_SPLIT_NAMES,
+    "data.other": NO_OR_SPLIT_NAMES,
     "data.test": SPLIT_NAMES,
     "data.image_size": whole(1),
     "data.resize": whole(1),
@@ -141,6 +156,8 @@ RULES: dict[str, Rule] = {
     "data.site_repeats": each(whole(1), "whole numbers, 1 or more", least=1),
     "data.residency": one_of(RESIDENCIES),
     "data.phantom_images": whole(12),
+    "data.digits_images": whole(0),
+    "data.photographs": TEXT,
     "data.phantom_mark": Rule(_is_mark, "expected '' or a probability, e.g. '0.9'"),
     "augment.crop": one_of(CROPS),
     "augment.hflip": FLAG,
@@ -151,6 +168,7 @@ RULES: dict[str, Rule] = {
     "mix.same_class": one_of(mixing.SAME_CLASS),
     "mix.boxes": one_of(mixing.BOXES),
     "mix.groups": whole(0),
+    "loss.scores": one_of(losses.SCORES),
     "cam.mode": one_of(("train", "eval")),
     "cpe.weight": FROM_ZERO,
     "cpe.num_patches": whole(2),
@@ -176,6 +194,21 @@ RULES: dict[str, Rule] = {
     "align.input_grad_fraction": Rule(_is_one_over_whole, "expected 1, 1/2, 1/3, ..."),
     "align.mask_weight": FROM_ZERO,
     "align.mask_dilate": whole(0),
+    "adapt.weight": FROM_ZERO,
+    "adapt.hidden": each(whole(1), "whole numbers, 1 or more"),
+    "adapt.features_after": SHARE,
+    "adapt.lr": FROM_ZERO,
+    "adapt.width": whole(1),
+    "adapt.blocks": whole(1),
+    "adapt.pool": whole(1),
+    "adapt.cycle_weight": FROM_ZERO,
+    "adapt.style_weight": FROM_ZERO,
+    "adapt.generator_steps": whole(1),
+    "adapt.perceptual": TEXT,
+    "adapt.perceptual_width": whole(1),
+    "ms_net.warmup": SHARE,
+    "ms_net.distill": SHARE,
+    "optim.name": one_of(OPTIMIZERS),
     "optim.lr_trunk": FROM_ZERO,
     "optim.lr_fresh": FROM_ZERO,
     "optim.groups": each(TEXT, "rules EXPRESSION=GROUP"),
@@ -195,6 +228,8 @@ RULES: dict[str, Rule] = {
     "train.log_every_steps": whole(1),
     "train.eval_every_epochs": FROM_ZERO,
     "train.checkpoint_every_epochs": FROM_ZERO,
+    "train.checkpoint_every_minutes": FROM_ZERO,
+    "train.on_nan": one_of(("stop", "skip")),
     "train.keep_checkpoints": whole(1),
     "train.selection": one_of(("last", "best_val")),
     "eval.batch_size": whole(1),
@@ -251,6 +286,13 @@ def _together(config) -> Iterator[str]:
             f"config.train.batch_size={batch} must be a multiple of "
             f"config.train.accumulate={accumulate}"
         )
+    for field in ("target", "other"):
+        unlabelled = set(filter(None, config.data[field].split("+")))
+        if shared := sorted(unlabelled & set(config.data.fit.split("+"))):
+            yield (
+                f"config.data.fit and config.data.{field} both name {shared[0]!r}: "
+                "labels of a target are not read; take it out of config.data.fit"
+            )
     if config.train.steps_per_call != 1 and config.data.residency == "host":
         yield (
             f"config.train.steps_per_call={config.train.steps_per_call} needs "
@@ -335,7 +377,8 @@ def check_training(run, fit: Records) -> None:
     """Checks a config against the devices and the images that it trains on.
 
     Raises:
-      ValueError: for a batch that does not divide, or a lung-mask term without masks.
+      ValueError: for a batch that does not divide, or has too few images of a site for
+        norms of each, or a lung-mask term without masks.
     """
     config = run.config
     micro = config.train.batch_size // config.train.accumulate
@@ -343,8 +386,25 @@ def check_training(run, fit: Records) -> None:
     if config.train.accumulate > 1:
         field += " / config.train.accumulate"
     meshes.check_batch(micro, run.mesh, field)
+    if models.needs_site(config.model):
+        _check_sites(run, fit, micro)
     if config.align.mask_weight > 0 and fit.lung_masks is None:
         raise ValueError(
             f"config.align.mask_weight={config.align.mask_weight} needs lung masks and "
             f"{run.dataset.name} has none; set it to 0, or train on cxr or phantom"
+        )
+
+
+def _check_sites(run, fit: Records, batch: int) -> None:
+    """A batch must have two images of every site on average: one has no variance."""
+    config, names = run.config, run.dataset.site_names
+    rows = training_rows(fit, config.data.site_repeats, batch)
+    shares = np.bincount(fit.sites[rows], minlength=len(names)) / len(rows)
+    rarest = int(shares.argmin())
+    if batch * shares[rarest] < 2:
+        raise ValueError(
+            f"config.train.batch_size={config.train.batch_size} has "
+            f"{batch * shares[rarest]:.1f} images of {names[rarest]} on average, and a "
+            f"network with parts of each site ({', '.join(names)}) needs at least 2; "
+            "raise it, or the site's share with config.data.site_repeats"
         )

@@ -14,6 +14,7 @@ def config(images=96, resize=32, mark=""):
             "name": "phantom",
             "data_dir": "",
             "split": "",
+            "fold": "",
             "phantom_images": images,
             "resize": resize,
             "phantom_mark": mark,

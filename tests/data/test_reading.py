@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxai_jax.data import inputs, reading, transforms
+from cxai_jax.data import inputs, reading, store, transforms
 
 
 @pytest.fixture(autouse=True)
@@ -294,3 +294,33 @@ def test_dicom_whose_bits_disagree_is_one_error(tmp_path, allocated, samples):
             inputs.open_slices(path)
         except ValueError as error:
             assert str(error).startswith(f"{path}: ")
+
+
+def test_colour_data_sets_are_read_as_carefully(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 12, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "colour.png")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "gray.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "large.png").write_bytes(png_of(60_000, 2_000, colour=2))
+    plan = store.Plan(
+        name="tints",
+        split="given",
+        split_scheme="given",
+        class_names=("x",),
+        site_names=("s",),
+        positive=0,
+        sources=[
+            store.Source(file, file.name, 0, "train")
+            for file in sorted(tmp_path.glob("*.png"))
+        ],
+    )
+    with pytest.raises(ValueError, match="fifo.png: not a regular file .*--skip_bad"):
+        store.build(plan, tmp_path / "data", channels=3, side=None)
+    summary = store.build(plan, tmp_path / "data", True, channels=3, side=None)
+    (fifo, _), (large, reason) = summary["skipped"]
+    assert (fifo, large) == ("fifo.png", "large.png")
+    assert "60000 x 2000 pixels, at most 100 megapixels" in reason
+    records = store.load("tints", "given", tmp_path / "data").splits["train"]
+    np.testing.assert_array_equal(records.images[0], pixels)
+    gray = np.repeat(pixels[..., :1], 3, axis=-1)
+    np.testing.assert_array_equal(records.images[1], gray)

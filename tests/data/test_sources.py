@@ -159,7 +159,10 @@ def test_unprepared_and_unknown_splits_say_what_there_is(prepared):
         data.load(config("site_a", prepared / "data", "random"))
     with pytest.raises(FileNotFoundError, match="cxai-prepare"):
         data.load(config("folder:none", prepared / "data"))
-    for name, known in (("site_a", "blocked, random, wang"), ("site_b", "official")):
+    for name, known in (
+        ("site_a", "blocked, random, wang"),
+        ("site_b", "official, wang"),
+    ):
         with pytest.raises(ValueError, match=f"unknown split 'odd'.*known: {known}"):
             data.load(config(name, prepared / "data", "odd"))
 
@@ -451,6 +454,57 @@ def test_site_a_by_the_lists_of_wang(tmp_path, capsys):
     assert "needs --split_files" in fails(capsys, *command, "--split=wang")
     picture(source / "COVID" / "unnumbered.png")
     assert "unnumbered.png: no number in brackets" in fails(capsys, *command)
+
+
+def test_both_sites_by_the_lists_of_wang(tmp_path, capsys):
+    a, b = make_site_a(tmp_path / "a", 3), make_site_b(tmp_path / "b")
+    (b / "Data-split" / "COVID" / "testCT_COVID.txt").unlink()  # Not read.
+    lists = {}
+    for name, images in (
+        ("a", [f"new {stem} ({{i}}).png" for stem in ("Covid", "Non-Covid")]),
+        ("b", [f"{kind} 2020%{{i}}, a.png" for kind in ("COVID", "NonCOVID")]),
+    ):
+        lists[name] = []
+        for part, numbers in (("train", (1, 2)), ("test", (3,))):
+            lines = [
+                f"{i} {image.format(i=i).removeprefix('new ')} {label}"
+                for i in numbers
+                for image, label in zip(images, ("COVID-19", "normal"), strict=True)
+            ]
+            listing = tmp_path / f"{name}_{part}_split.txt"
+            # The published reader stops at such a line, whatever follows it.
+            listing.write_text("\n".join([*lines, "9 data/ c o", "no such line"]))
+            lists[name].append(listing)
+    plan = sites.plan_site_b(b, split_files=lists["b"])
+    assert plan.split == "wang" and plan.split_scheme == "wang (given split files)"
+    assert {s.name: (s.split, s.patient) for s in plan.sources if s.label}[
+        "CT_COVID/COVID 2020%3, a.png"
+    ] == ("test", "COVID patient 3")
+    assert [name for name, _ in plan.unlisted] == [
+        "CT_NonCOVID/NonCOVID 2020%0, a.png",
+        "CT_COVID/COVID 2020%0, a.png",
+    ]
+    for name, source in (("a", a), ("b", b)):
+        listed = ",".join(map(str, lists[name]))
+        code, _, err = run(
+            capsys,
+            f"--dataset=site_{name}",
+            f"--source={source}",
+            f"--data_dir={tmp_path / 'd'}",
+            f"--split_files={listed}",
+            "--skip_bad",
+        )
+        assert code == 0, err
+    joint = data.load(config("joint", tmp_path / "d", "wang"))
+    assert joint.split_scheme == ", ".join(
+        f"site_{name}: wang (given split files)" for name in "ab"
+    )
+    assert {k: len(r) for k, r in joint.splits.items()} == {"train": 8, "test": 4}
+    with pytest.raises(ValueError, match="--split=wang needs --split_files"):
+        sites.plan_site_b(b, "wang")
+    lists["b"][1].write_text("1 none.png normal")
+    with pytest.raises(FileNotFoundError, match="names 'none.png', but there is no"):
+        sites.plan_site_b(b, split_files=lists["b"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from cxai_jax.data import augment, transforms
-from experiments import resampling
 
 RAMP = np.linspace(0, 255, 12 * 10).round().astype(np.uint8).reshape(12, 10)
 
@@ -231,28 +230,6 @@ def test_dicom_stacks_and_missing_pixels_are_refused():
         transforms.decode_gray(stack, "a.dcm")
     with pytest.raises(ValueError, match=r"a\.dcm: cannot be read"):
         transforms.decode_gray(dicom(HU + 2000)[:-4], "a.dcm")
-
-
-def test_an_image_is_stored_once_and_its_second_resizing_is_measured():
-    random = np.random.default_rng(0)
-    large, fits = (random.integers(0, 256, (n, n, 1), np.uint8) for n in (500, 256))
-    np.testing.assert_array_equal(transforms.as_stored(fits), fits)
-    once = transforms.as_stored(large)
-    np.testing.assert_array_equal(transforms.as_stored(once), once)
-
-    def features(images):
-        return images.reshape(len(images), -1)
-
-    same = resampling.measure([fits, once], 224, features)
-    assert same["gray_levels"] == {"mean": 0, "largest": 0}
-    found = resampling.measure([large, fits], 224, features)
-    straight, twice = (transforms.squash(g, 224).astype(int) for g in (large, once))
-    assert found["gray_levels"]["largest"] == np.abs(straight - twice).max() > 0
-    apart = np.linalg.norm(straight - transforms.squash(fits, 224).astype(int))
-    expected = np.linalg.norm(straight - twice) / apart
-    moved = found["feature_distance_over_median_between_images"]
-    assert moved["largest"] == pytest.approx(expected)
-    assert moved["mean"] == pytest.approx(expected / 2)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -155,14 +155,14 @@ def test_tables_hold_every_row_and_the_detectable_difference():
         base_line=[a_run(labels, [0.9, 0.4, 0.1, 0.2], voted=[1, 1, 0, 0])],
         full=[a_run(labels, [0.9, 0.8, 0.1, 0.2], voted=[1, 1, 0, 0])],
     )
-    text = paired.markdown(table)
+    text = paired.markdown(paired.pages(table))
     detectable = 100 * table["full"]["accuracy"]["difference"]["detectable"]
     assert f"[{detectable:.1f}]" in text and "| full | 100.0 (100.0 to 100.0)" in text
     assert "**Gain by voting [smallest detectable]**" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     heads = [i for i, line in enumerate(lines) if line.startswith("|---")]
     assert all(lines[i].count("---") == lines[i - 1].count(" | ") + 1 for i in heads)
-    latex = paired.latex(table)
+    latex = paired.latex(paired.pages(table))
     assert r"base\_line & 75.0" in latex
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 5
 

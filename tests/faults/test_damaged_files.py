@@ -36,8 +36,13 @@ DAMAGES = [
     ("results.json", '{"data": 3}', "results.json is damaged: its classes are None"),
     (
         "results.json",
-        '{"data": {"class_names": ["a", "b"], "positive": "c"}}',
-        r"results.json is damaged: its classes are \['a', 'b'\]",
+        '{"data": {"class_names": ["a", "b"], "positive": "a"}}',
+        "results.json is damaged: its sites are None; score the run again",
+    ),
+    (
+        "results.json",
+        '{"data": {"class_names": ["a"], "site_names": ["s"], "positive": "c"}}',
+        "results.json is damaged: its positive class is 'c'; score the run again",
     ),
     ("results.json", '{"data"', "results.json is damaged, no JSON"),
     ("results.json", "[" * 100_000, "results.json is damaged, no JSON"),
@@ -118,6 +123,31 @@ def test_hostile_names_are_no_formulas_and_read_back(finished, tmp_path):
     before = (out / "predictions.csv").read_bytes()
     assert predict.main([*arguments, f"--images={images}", "--resume"]) == 0
     assert (out / "predictions.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "label,chance,message",
+    [
+        ("a", "0.2", ""),
+        ("c", "0.2", "is damaged in row 1: 'c' is not in list"),
+        ("a", "x", "is damaged in row 1: could not convert string to float: 'x'"),
+    ],
+)
+def test_the_columns_of_sites_are_checked_as_well(tmp_path, label, chance, message):
+    path = tmp_path / "predictions.csv"
+    row = {"probability": "0.5", "label_before": "b", "label": "a", "p_a": "0.5"}
+    row |= {"p_b": "0.5", "label@s": label, "p_a@s": chance, "p_b@s": "0.8"}
+    written = table.Table(path, ["a", "b"], [], ["s"])
+    written.add([row])
+    written.close()
+    if not message:
+        (got,) = table.read(path, ["a", "b"], ["s"])
+        assert got["label@s"] == label and got["p_a@s"] == chance
+        message, names = "is damaged in row 1: expected the columns file, patient", []
+    else:
+        names = ["s"]
+    with pytest.raises(ValueError, match=message):
+        table.read(path, ["a", "b"], names)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -155,7 +154,7 @@ def test_a_file_scores_the_same_in_a_data_set_and_alone(run, tmp_path, monkeypat
     alone = dict(zip(names, zip(fed, rows, strict=True), strict=True))
     scored = 0
     for records in splits.values():
-        found = evaluator.predict(SimpleNamespace(**model.variables), records)
+        found = evaluator.predict(model.variables, records)
         fit = pipeline.fit_for_scoring(model.config)
         for i, name in enumerate(records.names):
             image, row = alone[str(name)]
@@ -185,7 +184,9 @@ def test_an_image_without_finite_probabilities_is_an_error(
     bad = rows[str(files[1])]
     assert "probabilities are not finite" in bad["error"] and not bad["probability"]
     assert all(rows[str(f)]["error"] == "" for i, f in enumerate(files) if i != 1)
-    assert f"error: {files[1]}: the network's" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f"error: {files[1]}: the network's" in said.err
+    assert "4 files found: 3 predicted, 1 failed, 0 ignored;" in said.out
 
 
 def test_every_column_is_explained(whole):

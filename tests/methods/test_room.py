@@ -11,8 +11,8 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import struct
+from small import small
 
-from configs import demo
 from cxai_jax import methods
 from cxai_jax.inference import predictor
 from cxai_jax.methods import parts
@@ -118,22 +118,10 @@ def adversary():
     del methods.METHODS["adversary"]
 
 
-def small(**changes):
-    config = demo.get_config("baseline")
-    config.method = "adversary"
-    config.data.target = "val"
-    config.data.image_size = 32
-    config.data.resize = 36
-    config.data.phantom_images = 80
-    config.train.batch_size = 8
-    config.train.epochs = 2.0
-    config.train.log_every_steps = 1
-    config.train.checkpoint_every_epochs = 1.0
-    config.eval.batch_size = 8
-    config.eval.bootstrap = 50
-    config.tta.k = 0
-    config.update_from_flattened_dict(changes)
-    return config
+def adversary_config(**changes):
+    fields = {"method": "adversary", "data.target": "val", "tta.k": 0}
+    fields["data.phantom_images"] = 80
+    return small("baseline", **fields | changes)
 
 
 def rows_of(workdir):
@@ -144,7 +132,7 @@ def rows_of(workdir):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("adversary")
-    return workdir, loop.train(small(), workdir)
+    return workdir, loop.train(adversary_config(), workdir)
 
 
 def test_both_networks_learn(finished):
@@ -166,7 +154,7 @@ def test_it_resumes_to_the_bit_and_streams_may_be_fed(finished, tmp_path):
     )
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(workdir / name, tmp_path / name)
-    again = loop.train(small(), tmp_path)
+    again = loop.train(adversary_config(), tmp_path)
     assert again["metrics"] == whole["metrics"]
     assert rows_of(tmp_path) == rows_of(workdir)
     first, second = (
@@ -174,7 +162,7 @@ def test_it_resumes_to_the_bit_and_streams_may_be_fed(finished, tmp_path):
         for d in (workdir, tmp_path)
     )
     np.testing.assert_array_equal(first, second)
-    fed = loop.train(small(**{"data.residency": "host"}), tmp_path / "host")
+    fed = loop.train(adversary_config(**{"data.residency": "host"}), tmp_path / "host")
     assert fed["time"]["residency"] == "host"
     for ours, theirs in zip(rows_of(tmp_path / "host"), rows_of(workdir), strict=True):
         np.testing.assert_allclose(ours["judge"], theirs["judge"], rtol=2e-4)
@@ -198,7 +186,7 @@ def test_target_labels_are_not_read(finished, tmp_path, monkeypatch):
         return dataset
 
     monkeypatch.setattr(data, "load", shuffled)
-    loop.train(small(), tmp_path)
+    loop.train(adversary_config(), tmp_path)
     workdir, _ = finished
     assert rows_of(tmp_path) == rows_of(workdir)
 
@@ -217,7 +205,7 @@ def test_target_labels_are_not_read(finished, tmp_path, monkeypatch):
 )
 def test_a_stream_without_data_is_named(tmp_path, changes, words):
     with pytest.raises(ValueError) as error:
-        loop.train(small(**changes), tmp_path)
+        loop.train(adversary_config(**changes), tmp_path)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)

@@ -1,6 +1,7 @@
 """The laws of every backbone in MODELS; the large ones by shape, and run as `slow`."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,25 @@ from flax.traverse_util import flatten_dict
 from configs.common import get_config
 from cxai_jax import models
 from cxai_jax.models.lowering import conv
-from cxai_jax.models.norm import NORMS, BatchNorm, ConvNorm
+from cxai_jax.models.norm import BatchNorm, ConvNorm
 
 # Of 64-pixel images: grid, D, D3.
 SHAPES = {
     "tiny": (8, 64, 48),
+    "lenet": (16, 64, 20),
     "resnet18": (2, 512, 256),
     "resnet34": (2, 512, 256),
     "resnet50": (2, 2048, 1024),
     "resnet101": (2, 2048, 1024),
+    "efficientnet_b0": (2, 1280, 112),
     "efficientnet_lite0": (2, 1280, 112),
+    "covidnet": (2, 2048, 7 * 1024),
+    "covidnet_redesign": (2, 2048, 7 * 1024),
+    "efficientnet_lite1": (2, 1280, 112),
+    "efficientnet_lite2": (2, 1280, 120),
+    "densenet121": (2, 1024, 1024),
+    "nasnet_mobile": (2, 1056, 1056),
+    "covidnet_ct": (2, 512, 512),
 }
 SITES = jnp.array([1, 0, 1], jnp.int32)  # Of `images`; ignored by plain norms.
 EVERY = pytest.mark.parametrize("name", models.MODELS)
@@ -28,8 +38,8 @@ RUN = pytest.mark.parametrize(
     "name,norm",
     [
         pytest.param(name, norm, marks=[pytest.mark.slow] * (name != "tiny"))
-        for name in models.MODELS
-        for norm in NORMS
+        for name, spec in models.MODELS.items()
+        for norm in spec.norms
     ],
 )
 
@@ -88,18 +98,18 @@ def test_shapes_and_parameter_count(name):
     assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
-@EVERY
+@pytest.mark.parametrize("name", [n for n, s in models.MODELS.items() if s.norms[1:]])
 def test_every_site_has_norms_of_its_own_and_nothing_else(name):
     plain, _ = shapes(name)
     per_site, _ = shapes(name, norm="per_site")
     plain, per_site = (flatten_dict(v, sep="/") for v in (plain, per_site))
     assert plain.keys() == per_site.keys()
     for path, variable in per_site.items():
-        own = (2,) if "norm/" in path else ()
+        own = (2,) if re.search(r"norm\d?/", path) else ()
         assert variable.shape == own + plain[path].shape, path
 
 
-@EVERY
+@pytest.mark.parametrize("name", [n for n, s in models.MODELS.items() if s.rules])
 def test_only_head_projection_and_extra_norms_are_fresh(name):
     fields = {"extra_bn": True} if name.startswith("resnet") else {}
     variables, _ = shapes(name, projection=8, **fields)
@@ -141,7 +151,7 @@ def test_laws(name, norm):
     @jax.jit
     def run(variables, x):
         apply = functools.partial(model.apply, variables, site=SITES)
-        head = functools.partial(model.apply, variables, method="head")
+        head = functools.partial(apply, mode="explain", method="head")
         logits, out = apply(x, "explain")
         lower = apply(x, "explain", method="lower")
         staged = head(apply(lower, "explain", method="upper"))
@@ -279,7 +289,7 @@ def test_mlp_class_maps_are_grad_cam_through_the_head():
     logits, out = model.apply(variables, x, "eval")
 
     def head(pooled):
-        return model.apply(variables, pooled[:, None, None], method="head")
+        return model.apply(variables, pooled[:, None, None], "eval", method="head")
 
     pooled = out.features.mean((1, 2))
     np.testing.assert_allclose(head(pooled), logits, rtol=1e-5, atol=1e-5)
@@ -296,10 +306,14 @@ def test_head_kernel_and_input_normalisation():
     assert models.head_kernel(variables["params"]).shape == (512, 5)
     with pytest.raises(ValueError, match="Outputs.class_maps"):
         models.head_kernel(shapes("tiny", 5, head="mlp")[0]["params"])
-    assert models.normalisation("efficientnet_lite0") == ((127.0,) * 3, (128.0,) * 3)
-    mean, std = models.normalisation("resnet50")
-    np.testing.assert_allclose(mean, [123.675, 116.28, 103.53])
-    np.testing.assert_allclose(std, [58.395, 57.12, 57.375])
+    for name in ("efficientnet_lite0", "efficientnet_lite2"):
+        assert models.normalisation(name) == ((127.0,) * 3, (128.0,) * 3)
+    assert models.normalisation("nasnet_mobile") == ((127.5,) * 3, (127.5,) * 3)
+    assert models.normalisation("covidnet_ct") == ((0.0,) * 3, (255.0,) * 3)
+    for name in ("resnet50", "densenet121", "efficientnet_b0"):
+        mean, std = models.normalisation(name)
+        np.testing.assert_allclose(mean, [123.675, 116.28, 103.53])
+        np.testing.assert_allclose(std, [58.395, 57.12, 57.375])
 
 
 @pytest.mark.parametrize(
@@ -307,7 +321,7 @@ def test_head_kernel_and_input_normalisation():
     [
         (
             {"name": "resnet51"},
-            "config.model.name is 'resnet51'; known: tiny, resnet18",
+            "config.model.name is 'resnet51'; known: tiny, lenet, resnet18",
         ),
         ({"head": "conv"}, "config.model.head is 'conv'; known: linear, mlp"),
         ({"dtype": "float16"}, "'float16'; known: float32, bfloat16"),

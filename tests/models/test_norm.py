@@ -174,7 +174,7 @@ def test_the_input_gradient_of_a_part_of_the_batch_takes_its_sites():
     network = saliency.Explained(
         lower=lower,
         upper=lambda lower, site: lower,
-        head=lambda features: features.mean((1, 2)),
+        head=lambda features, site: features.mean((1, 2)),
         site=jnp.arange(4),
     )
     images = jnp.ones((4, 2, 2, 2))

@@ -40,8 +40,12 @@ def build(name, num_classes):
 def lite0_tensors():
     if LITE0_FILE.exists():
         return pretrained.read_tensors(str(LITE0_FILE))
-    pytest.importorskip(pretrained.LITE0_PACKAGE)
-    return pretrained.read_tensors("lite0-imagenet")
+    return packaged("lite0-imagenet")
+
+
+def packaged(spec):
+    pytest.importorskip(pretrained.PACKAGED[spec][0])
+    return pretrained.read_tensors(spec)
 
 
 def waves():
@@ -84,6 +88,29 @@ def test_lite0_knows_a_military_uniform_and_its_golden_logits(lite0_tensors):
     np.testing.assert_allclose(logits[1][np.array(order)], golden, atol=2e-3)
     bias = variables["params"]["head"]["bias"]
     np.testing.assert_allclose(out.class_maps.mean((1, 2)) + bias, logits, atol=1e-4)
+
+
+# The likeliest classes of `photograph()` and their probabilities, by
+# efficientnet_lite_pytorch 0.1.0 on torch 2.14.1: 652 is the military uniform, 834 a
+# suit, 906 a Windsor tie, 457 a bow tie.
+PHOTOGRAPH = {
+    "lite1": {652: 0.352, 834: 0.086, 906: 0.039, 457: 0.030},
+    "lite2": {906: 0.256, 834: 0.240, 652: 0.196, 457: 0.138},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PHOTOGRAPH)
+def test_packaged_weights_say_what_the_port_says(name):
+    tensors = packaged(f"{name}-imagenet")
+    model, variables = build(f"efficientnet_{name}", 1000)
+    variables, summary = pretrained.fill(tensors, f"efficientnet_{name}", variables)
+    norms = sum(key.endswith("running_var") for key in tensors)
+    assert (summary["ignored"], summary["fresh"]) == (norms, [])
+    logits, _ = jax.jit(lambda v, x: model.apply(v, x, "eval"))(variables, photograph())
+    probs = jax.nn.softmax(logits[0])
+    for label, golden in PHOTOGRAPH[name].items():
+        assert abs(probs[label] - golden) < 0.01, label
 
 
 def torch_lite0(torch):

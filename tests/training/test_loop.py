@@ -8,28 +8,17 @@ import jax
 import numpy as np
 import pytest
 from absl import logging as absl_logging
+from small import small
 
-from configs import demo
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import loop
 
 absl_logging.set_verbosity(absl_logging.ERROR)
 
 
-def small(**changes):
-    config = demo.get_config("full")
-    config.data.image_size = 32
-    config.data.resize = 36
-    config.data.phantom_images = 80
-    config.train.batch_size = 16
-    config.train.epochs = 2.0
-    config.train.log_every_steps = 1
-    config.train.checkpoint_every_epochs = 1.0
-    config.eval.batch_size = 16
-    config.eval.bootstrap = 50
-    config.tta.k = 3
-    config.update_from_flattened_dict(changes)
-    return config
+def config_of(**changes):
+    fields = {"data.phantom_images": 80, "train.batch_size": 16, "tta.patch": 2}
+    return small(**fields | {"eval.batch_size": 16} | changes)
 
 
 def rows_of(workdir):
@@ -40,7 +29,7 @@ def rows_of(workdir):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, loop.train(small(), workdir)
+    return workdir, loop.train(config_of(), workdir)
 
 
 def test_a_run_leaves_everything(finished):
@@ -69,7 +58,9 @@ def test_a_run_leaves_everything(finished):
 def test_a_host_bound_run_says_so(
     monkeypatch, caplog, per_image, per_step, residency, warned
 ):
-    config = small(**{"train.log_every_steps": 5, "train.checkpoint_every_epochs": 0.0})
+    config = config_of(
+        **{"train.log_every_steps": 5, "train.checkpoint_every_epochs": 0.0}
+    )
     now, device_free = [0.0], [0.0]
 
     def advance(state):
@@ -83,6 +74,7 @@ def test_a_host_bound_run_says_so(
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(loop.jax, "block_until_ready", wait)
     monkeypatch.setattr(loop, "log", lambda *_: None)
+    monkeypatch.setattr(loop.finite, "check", lambda *_: None)
     checkpoints = SimpleNamespace(
         preempted=lambda step: False, save=lambda *_: None, wait=lambda: None
     )
@@ -90,6 +82,29 @@ def test_a_host_bound_run_says_so(
     plan = SimpleNamespace(total_steps=20, steps_per_epoch=10)
     loop.loop(run, plan, None, advance, None, 0, residency)
     assert ("host-bound" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(1.0, [4, 8, 10]), (0.0, [10])])
+def test_saves_by_minutes(monkeypatch, minutes, saves):
+    changes = {"train.checkpoint_every_epochs": 0.0, "train.log_every_steps": 7}
+    config = small(**changes, **{"train.checkpoint_every_minutes": minutes})
+    now, saved = [0.0], []
+
+    def advance(state):
+        now[0] += 17.0
+        return state, {"loss": np.array([0.5])}, 0.0
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop, "log", lambda *_: None)
+    checkpoints = SimpleNamespace(
+        preempted=lambda step: False,
+        save=lambda kind, step, *_: saved.append(step),
+        wait=lambda: None,
+    )
+    run = SimpleNamespace(config=config, checkpoints=checkpoints, about=dict)
+    plan = SimpleNamespace(total_steps=10, steps_per_epoch=10)
+    loop.loop(run, plan, None, advance, None, 0, "device")
+    assert saved == saves
 
 
 def test_resume_is_exact_to_the_bit(finished, tmp_path):
@@ -106,7 +121,7 @@ def test_resume_is_exact_to_the_bit(finished, tmp_path):
         shutil.copy(workdir / name, tmp_path / name)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')  # The line it was writing.
-    again = loop.train(small(), tmp_path)
+    again = loop.train(config_of(), tmp_path)
     assert again["metrics"] == whole["metrics"]
     assert rows_of(tmp_path) == rows_of(workdir)
     first, second = (
@@ -118,7 +133,7 @@ def test_resume_is_exact_to_the_bit(finished, tmp_path):
 
 def test_host_and_device_residency_give_the_same_run(finished, tmp_path):
     workdir, whole = finished
-    config = small(**{"data.residency": "host", "train.epochs": 2.0})
+    config = config_of(**{"data.residency": "host", "train.epochs": 2.0})
     results = loop.train(config, tmp_path)
     for ours, theirs in zip(rows_of(tmp_path), rows_of(workdir), strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=2e-4)
@@ -128,7 +143,7 @@ def test_host_and_device_residency_give_the_same_run(finished, tmp_path):
 def test_several_steps_per_call_change_nothing(finished, tmp_path):
     workdir, _ = finished
     number = len(rows_of(workdir))
-    config = small(**{"train.steps_per_call": 2})
+    config = config_of(**{"train.steps_per_call": 2})
     loop.train(config, tmp_path)
     paired = rows_of(tmp_path)
     assert [row["step"] for row in paired] == list(range(2, number + 1, 2))
@@ -145,7 +160,7 @@ def test_a_damaged_checkpoint_falls_back(finished, tmp_path, capsys):
     for path in (folder / str(steps[-1])).rglob("*"):
         if path.is_file() and "about" not in str(path):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    again = loop.train(small(), tmp_path / "run")
+    again = loop.train(config_of(), tmp_path / "run")
     assert f"at step {steps[0]}" in capsys.readouterr().out
     assert again["metrics"] == whole["metrics"]
 
@@ -153,11 +168,11 @@ def test_a_damaged_checkpoint_falls_back(finished, tmp_path, capsys):
 def test_eval_mode_reproduces_the_scores(finished, tmp_path):
     workdir, whole = finished
     shutil.copytree(workdir, tmp_path / "run")
-    assert loop.score(small(), tmp_path / "run")["metrics"] == whole["metrics"]
+    assert loop.score(config_of(), tmp_path / "run")["metrics"] == whole["metrics"]
 
 
 def test_best_on_validation_is_selected_without_the_test_split(tmp_path):
-    config = small(
+    config = config_of(
         **{"train.selection": "best_val", "train.eval_every_epochs": 1.0, "tta.k": 0}
     )
     results = loop.train(config, tmp_path)
@@ -184,7 +199,7 @@ def test_best_on_validation_is_selected_without_the_test_split(tmp_path):
 )
 def test_errors_name_the_field_and_the_remedy(tmp_path, changes, words):
     with pytest.raises(ValueError) as error:
-        loop.train(small(**changes), tmp_path)
+        loop.train(config_of(**changes), tmp_path)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -193,17 +208,18 @@ def test_errors_name_the_field_and_the_remedy(tmp_path, changes, words):
 def test_a_workdir_of_another_config_is_refused(finished):
     workdir, _ = finished
     with pytest.raises(ValueError, match="config.optim.lr_fresh is 0.5 here and"):
-        loop.train(small(**{"optim.lr_fresh": 0.5}), workdir)
+        loop.train(config_of(**{"optim.lr_fresh": 0.5}), workdir)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="config.cpe.normalize"):
-        loop.train(small(**{"optim.lr_fresh": 1e30, "tta.k": 0}), tmp_path)
+        loop.train(config_of(**{"optim.lr_fresh": 1e30, "tta.k": 0}), tmp_path)
 
 
-def test_eval_without_a_checkpoint_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        loop.score(small(), tmp_path)
+def test_eval_of_a_mistyped_workdir_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not the workdir of a run"):
+        loop.score(config_of(), tmp_path / "mistyped")
+    assert not any(tmp_path.iterdir())
 
 
 def test_devices_were_not_changed():

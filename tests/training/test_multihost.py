@@ -21,22 +21,10 @@ MARK = "result: "  # The collectives library prints lines of its own.
 
 
 def tiny_config(residency: str):
-    from configs import demo
+    from small import small
 
-    config = demo.get_config("full")
-    config.data.image_size = 32
-    config.data.resize = 36
-    config.data.phantom_images = 48
-    config.data.residency = residency
-    config.mix.groups = 4
-    config.train.batch_size = 8
-    config.train.epochs = 1.0
-    config.train.log_every_steps = 1
-    config.train.checkpoint_every_epochs = 0.0
-    config.eval.batch_size = 8
-    config.eval.bootstrap = 20
-    config.tta.k = 0
-    return config
+    fields = {"data.residency": residency, "mix.groups": 4, "train.epochs": 1.0}
+    return small(**fields, **{"train.checkpoint_every_epochs": 0.0, "tta.k": 0})
 
 
 def work(action: str, workdir: str, residency: str) -> None:
@@ -72,7 +60,7 @@ def start(action: str, workdir: Path, residency: str, *, devices: int, **names):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiling is what takes the time.
-        "PYTHONPATH": str(REPO),
+        "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
         "TEST_DEVICES": str(devices),
         **names,
     }

@@ -2,27 +2,17 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from small import small
 
-from configs import common, cxr, demo, joint, siteA, siteB
+from configs import common, cxr, demo, digits, joint, siteA, siteB
 from cxai_jax import data
 from cxai_jax import mesh as meshes
 from cxai_jax.config import check_overrides, flatten, load_config_file
 from cxai_jax.training import run as runs
 from cxai_jax.training import validate
-
-
-def small(**changes):
-    config = demo.get_config("full")
-    config.data.image_size = 32
-    config.data.resize = 36
-    config.data.phantom_images = 48
-    config.train.batch_size = 8
-    config.eval.batch_size = 8
-    config.tta.k = 0
-    config.update_from_flattened_dict(changes)
-    return config
 
 
 def with_value(field, value):
@@ -51,6 +41,9 @@ def test_every_config_of_the_project_passes():
             validate.check_config(module.get_config(row))
     for row in cxr.ROWS:
         validate.check_config(cxr.get_config(row))
+    for row in set(digits.ROWS) - set(digits.TARGETS):
+        for target in digits.TARGETS:
+            validate.check_config(digits.get_config(f"{row},{target}"))
 
 
 @pytest.mark.parametrize("field", validate.RULES)
@@ -115,6 +108,10 @@ def test_a_value_that_cannot_be_is_refused(field, value, words):
         ({"align.weight": 1.0, "align.maps": ("cam",)}, ["config.align.maps", "two"]),
         ({"train.accumulate": 3}, ["config.train.accumulate=3", "batch_size=8"]),
         (
+            {"data.fit": "train+usps:train", "data.target": "usps:train"},
+            ["config.data.target both name 'usps:train'", "are not read"],
+        ),
+        (
             {"train.steps_per_call": 2, "data.residency": "host"},
             ["config.train.steps_per_call=2", "config.data.residency=device"],
         ),
@@ -142,7 +139,7 @@ def opened():
         "sources": {"": data.load(config.data)},
         "network": runs.build_network(config, 2, abstract=True),
     }
-    empty = dict.fromkeys(("evaluator", "checkpoints", "curve", "started"))
+    empty = dict.fromkeys(("evaluator", "checkpoints", "curve", "started", "out"))
     return lambda **changes: runs.Run(config=small(**changes), **parts, **empty)
 
 
@@ -186,6 +183,19 @@ def test_what_the_devices_and_the_images_cannot_do_is_refused(opened):
     bare = dataclasses.replace(fit, lung_masks=None)
     message = refused(validate.check_training, run, bare)
     assert "config.align.mask_weight=1.0 needs lung masks" in message
+
+
+def test_a_batch_needs_two_images_of_every_site(opened):
+    run = opened(**{"model.norm": "per_site"})
+    fit = run.dataset.splits["train"]
+    validate.check_training(run, fit)
+    for alone, mean in ((0, "0.0"), (1, "1.0")):
+        sites = np.zeros(16, np.int32)
+        sites[: 2 * alone] = 1
+        few = dataclasses.replace(fit.subset(np.arange(16)), sites=sites)
+        message = refused(validate.check_training, run, few)
+        assert f"has {mean} images of" in message and "site_repeats" in message
+        validate.check_training(opened(), few)
 
 
 @pytest.mark.parametrize(

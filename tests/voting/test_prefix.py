@@ -109,7 +109,7 @@ def test_impossible_geometry_is_refused():
     [
         ("resnet50", 224, None),
         ("resnet18", 64, "crops of 64 pixels, too large to gain on images of 64"),
-        ("efficientnet_lite0", 224, "EfficientNetLite0 declares no prefix"),
+        ("efficientnet_lite0", 224, "EfficientNet declares no prefix"),
         ("tiny", 64, "Tiny declares no prefix"),
     ],
 )

@@ -1,0 +1,11 @@
+"""Table 2 of the CT paper: every compared system on site B; see `tables`.
+
+python -m experiments.table2 --list
+python -m experiments.table2 --rows=baseline,sepnorm --recipe=short --size=112 \
+    --backbone=lite0 --epochs=8 --seeds=0 --set data.data_dir=data
+"""
+
+from experiments import tables
+
+if __name__ == "__main__":
+    tables.main("site_b", "table2")

@@ -1,0 +1,261 @@
+"""Tables 1 and 2 of the CT paper: every row by name, run here or quoted.
+
+Called by `table1` (site A) and `table2` (site B). A row is run with its published
+recipe or with ours, `--recipe`, so that systems can be compared and not recipes. With
+`--train_on=table` rows are trained as in the paper, on both sites but for "(single)";
+with `--train_on=site` all on the table's own site, which is a fifth of the work.
+Finished runs are small files in results/NAME/, shared by both tables; see `compare`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import compare, paired
+
+FILES = {"site_a": "configs/siteA.py", "site_b": "configs/siteB.py"}
+WANG, OURS = "Wang et al. 2020b", "Ali et al. 2022"
+
+
+class Row(NamedTuple):
+    """A row of both tables."""
+
+    name: str  # As printed.
+    words: str  # Rows of configs/common.py.
+    published: str = ""  # Words of its published recipe; "": A20, the defaults.
+    figures: str = OURS  # Where the printed figures come from.
+    single: bool = False  # Trained on the table's site alone.
+    backbone: str = "any"  # any | resnet | own: what --backbone may put in.
+
+    @property
+    def key(self) -> str:
+        return re.sub(r"\W+", "_", self.name.lower()).strip("_")
+
+
+ROWS = (
+    Row("Series Adapter", "series_adapter", "wang", WANG, backbone="resnet"),
+    Row("Parallel Adapter", "parallel_adapter", "wang", WANG, backbone="resnet"),
+    Row("MS-Net", "ms_net", "liu", WANG),
+    Row("COVID-Net (single)", "covidnet", "wang_covidnet", WANG, True, "own"),
+    Row("COVID-Net (joint)", "covidnet", "wang_covidnet", WANG, backbone="own"),
+    Row("Redesign (single)", "redesign", "wang", WANG, True, "own"),
+    Row("Redesign (joint)", "redesign", "wang", WANG, backbone="own"),
+    Row("SepNorm", "sepnorm", "wang", WANG, backbone="own"),
+    Row("SepNorm + Contrastive", "sepnorm_contrastive", "wang", WANG, backbone="own"),
+    Row("Baseline", "baseline"),
+    Row("Baseline + CPE", "cpe"),
+    Row("SnapMix", "snapmix"),
+    Row("SnapMix + Contrastive", "contrastive"),
+    Row("SnapMix + CPE", "full"),
+    Row("Ours (Full)", "full,tta"),
+)
+REFERENCE = "Baseline"  # Of the paired differences, where it was run.
+RECIPES = ("published", "ours", "short")
+# Percent, as printed in the paper. Only what experiments/README.md discusses: the other
+# figures have to be read in the paper, where the first nine rows are quoted as well.
+PRINTED = {
+    "site_a": {"Ours (Full)": {"f1": 95.87}},
+    "site_b": {"SnapMix + CPE": {"f1": 86.95}, "Ours (Full)": {"f1": 88.25}},
+}
+
+
+def main(site: str, name: str, arguments: Sequence[str] | None = None) -> None:
+    """The command of one table.
+
+    Args:
+      site: key of FILES.
+      name: of the table's files in results/.
+      arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(description=f"{__doc__.splitlines()[0]} ({site})")
+    parser.add_argument("--rows", help="keys with commas between, see --list; all")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="with commas between")
+    parser.add_argument("--folds", type=int, help="default: the split as prepared")
+    parser.add_argument("--recipe", choices=RECIPES, default="published")
+    parser.add_argument("--train_on", choices=("table", "site"), default="table")
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--backbone", help="a row such as lite0, or a model's name")
+    parser.add_argument("--size", type=int, help="pixels, side of the input")
+    parser.add_argument("--set", nargs="*", default=[], help="FIELD=VALUE, for all")
+    parser.add_argument("--runs", default="tables", help="folder of runs in results/")
+    parser.add_argument("--out", type=Path, help="of the workdirs; default runs/RUNS")
+    parser.add_argument("--max_minutes", type=float, help="begin no run after that")
+    parser.add_argument("--list", action="store_true", help="name every row and stop")
+    options = parser.parse_args(arguments)
+    folder = compare.RESULTS / options.runs
+    try:
+        rows = chosen(options.rows)
+        jobs = plan(rows, site, options)
+        if not options.list:
+            out = options.out or Path("runs", options.runs)
+            compare.run_all(jobs, folder, out, minutes=options.max_minutes)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(listed(rows, jobs, folder, site))
+    if not options.list:
+        print(write(rows, jobs, folder, site, compare.RESULTS / name))
+
+
+def chosen(keys: str | None) -> list[Row]:
+    """The rows that keys with commas between name; None: all.
+
+    Raises:
+      ValueError: for an unknown key.
+    """
+    known = {row.key: row for row in ROWS}
+    wanted = keys.split(",") if keys else list(known)
+    for key in wanted:
+        if key not in known:
+            raise ValueError(f"no row {key!r}; known: {', '.join(known)}")
+    return [known[key] for key in wanted]
+
+
+def plan(rows: Sequence[Row], site: str, options) -> list[compare.Job]:
+    """The runs of all rows, seed by seed."""
+    return [
+        job
+        for seed in map(int, options.seeds.split(","))
+        for row in rows
+        for job in compare.plan(
+            FILES[site]
+            if row.single or options.train_on == "site"
+            else "configs/joint.py",
+            {
+                row.name: ",".join(
+                    filter(None, (row.words, recipe(row, options.recipe)))
+                )
+            },
+            seeds=[seed],
+            folds=compare.fold_names(options.folds),
+            fields=[*compare.fields_of(options), *options.set],
+            backbone=backbone(row, options.backbone),
+        )
+    ]
+
+
+def recipe(row: Row, name: str) -> str:
+    """Words of the config for a recipe of RECIPES."""
+    return {"published": row.published, "ours": "", "short": "short"}[name]
+
+
+def backbone(row: Row, wanted: str | None) -> str | None:
+    """`wanted` where the row may have it; adapters need a ResNet."""
+    if row.backbone == "own" or not wanted:
+        return None
+    if row.backbone == "resnet" and not wanted.startswith("resnet"):
+        return "resnet18"
+    return wanted
+
+
+def listed(rows: Sequence[Row], jobs, folder: Path, site: str) -> str:
+    """Every row: its key, its runs here, what is quoted."""
+    lines = [f"{site}: row (key): runs here; figures printed by the paper"]
+    for row in rows:
+        own = [job for job in jobs if job.system == row.name]
+        done = sum((folder / f"{job.name}.json").exists() for job in own)
+        printed = PRINTED[site].get(row.name, {})
+        told = ", ".join(f"{k} {v}" for k, v in printed.items()) or "see the paper"
+        lines.append(
+            f"  {row.name} ({row.key}): {done} of {len(own)}; {row.figures}: {told}"
+        )
+    return "\n".join(lines)
+
+
+def write(rows, jobs, folder: Path, site: str, path: Path) -> str:
+    """Writes the table with what is finished; returns it as text."""
+    cells = {
+        name: {at: of_site(run, site) for at, run in of.items()}
+        for name, of in compare.finished(jobs, folder).items()
+        if of
+    }
+    if not cells:
+        return "no row has a finished run: no table yet"
+    order = sorted(cells, key=lambda name: name != REFERENCE)
+    runs = compare.balanced({name: cells[name] for name in order})
+    table = paired.compare(runs)
+    page = overview(rows, jobs, folder, site, table)
+    described = compare.about(jobs, folder, runs)
+    pages = [page, *paired.pages(table)]
+    compare.write_pages(path, described | {"table": table}, pages)
+    return paired.markdown([page])
+
+
+def of_site(run: dict, site: str) -> dict:
+    """The predictions of one site's images, scored as a data set of its own.
+
+    Raises:
+      ValueError: if the run has no such site.
+    """
+    if site not in run["site_names"]:
+        raise ValueError(
+            f"a run was tested on {', '.join(run['site_names'])}, not on {site}"
+        )
+    own = run["sites"] == list(run["site_names"]).index(site)
+    parts = {k: v[own] if isinstance(v, np.ndarray) else v for k, v in run.items()}
+    return parts | {"site_names": [site]}
+
+
+SCORES = ("accuracy", "precision", "recall", "f1", "auc")
+
+
+def overview(rows, jobs, folder: Path, site: str, table: dict):
+    """The page with every row: ours, the paper's, and what differs."""
+    head = ["row", *SCORES, *(f"{s} after voting" for s in SCORES[:-1])]
+    head += ["loss, first to last", "printed by the paper", "what differs"]
+    head += ["best test epoch (optimistic)"]
+    lines = [head]
+    for row in rows:
+        found = table.get(row.name, {})
+        kept = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for job in jobs
+            if job.system == row.name and (path := folder / f"{job.name}.json").exists()
+        ]
+        printed = PRINTED[site].get(row.name, {})
+        told = ", ".join(f"{k} {v}" for k, v in printed.items()) or "see the paper"
+        lines.append(
+            [
+                row.name,
+                *(paired.shown(found[s]) if s in found else "-" for s in head[1:10]),
+                falling(kept),
+                f"{told} ({row.figures})",
+                differs(row, kept),
+                best(kept),
+            ]
+        )
+    return f"{site}: mean ± sd over seeds (95 % interval), percent", lines
+
+
+def falling(kept: list[dict]) -> str:
+    """ "0.71 to 0.35", means over the runs."""
+    if not kept:
+        return "-"
+    first, last = np.mean([k["loss"] for k in kept], axis=0)
+    return f"{first:.2f} to {last:.2f}"
+
+
+def best(kept: list[dict]) -> str:
+    """Mean of the best test accuracy of each run, over all sites it was tested on."""
+    found = [k["best test epoch"] for k in kept]
+    return f"{100 * np.mean(found):.1f}" if found and None not in found else "-"
+
+
+def differs(row: Row, kept: list[dict]) -> str:
+    """What a run here had that the published one had not."""
+    if not kept:
+        return "not run here"
+    config, described = kept[0]["config"], kept[0]["data"]
+    weights = config["model"]["pretrained"] or "no pretrained weights"
+    optim = config["optim"]
+    return (
+        f"{config['model']['name']}, {weights}, {config['data']['image_size']} px, "
+        f"{config['train']['epochs']:g} epochs, {optim['name']} "
+        f"{optim['lr_fresh']:g}, trained on {described['name']}, "
+        f"split {described['split_scheme']}, last epoch, {len(kept)} runs"
+    )

@@ -1,0 +1,102 @@
+"""Table 4: kept runs, published figures, and that no label of a target is read."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import table4
+
+SHAPES = {"mnist": (28, 28), "usps": (16, 16), "mnist_m": (32, 32, 3)}
+
+
+def noise(folder, **changes):
+    """Digits of noise: 20 training and 10 test images each, every class in both."""
+    (folder / "digits").mkdir(parents=True)
+    for name, shape in SHAPES.items():
+        rng = np.random.default_rng(len(name))
+        arrays = {"y_train": np.arange(20) % 10, "y_test": np.arange(10)}
+        for split, count in (("train", 20), ("test", 10)):
+            arrays[f"x_{split}"] = rng.integers(0, 256, (count, *shape), np.uint8)
+        if name == "usps":
+            arrays |= changes
+        np.savez(folder / "digits" / f"{name}.npz", **arrays)
+    return folder
+
+
+def arguments(data_dir, tmp_path, name="one"):
+    return [
+        f"--data_dir={data_dir}",
+        "--rows=dann",
+        "--targets=usps",
+        "--words=tiny",
+        "--seeds=0",
+        f"--out={tmp_path / name}",
+        f"--results={tmp_path / name / 'kept'}",
+        "--set",
+        "train.batch_size=8",
+        "train.epochs=2.0",
+        "train.log_every_steps=1",
+        "eval.batch_size=10",
+        "eval.bootstrap=10",
+    ]
+
+
+def rows_of(workdir):
+    rows = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(r).items() if k != "images_per_s"} for r in rows
+    ]
+
+
+def test_other_labels_of_the_target_change_nothing(tmp_path, capsys, monkeypatch):
+    """Overwritten in the file: losses, weights and scores of the test stay the same."""
+    table4.main(arguments(noise(tmp_path / "a"), tmp_path, "one"))
+    assert "| dann | usps | DRANet 85.1 |" in capsys.readouterr().out
+    blind = noise(tmp_path / "b", y_train=np.full(20, 7))
+    table4.main(arguments(blind, tmp_path, "two"))
+    name = "dann-usps-tiny-seed0"
+    assert rows_of(tmp_path / "one" / name) == rows_of(tmp_path / "two" / name)
+    one, two = (
+        json.loads((tmp_path / run / "kept" / f"{name}.json").read_text())
+        for run in ("one", "two")
+    )
+    assert one["images"] == {"all": 30, "test": 10}
+    assert one["accuracy"]["single"]["test"] == two["accuracy"]["single"]["test"]
+    logits = [
+        np.load(tmp_path / run / name / "predictions_usps_train+usps_test.npz")[
+            "logits"
+        ]
+        for run in ("one", "two")
+    ]
+    np.testing.assert_array_equal(*logits)
+
+    def refuse(*_):
+        raise AssertionError("a finished run was run again")
+
+    monkeypatch.setattr(table4.loop, "train", refuse)
+    table4.main(arguments(blind, tmp_path, "two"))
+    changed = [*arguments(blind, tmp_path, "two"), "adapt.weight=0.5"]
+    with pytest.raises(ValueError, match="config.adapt.weight is 0.5 here and 1.0 the"):
+        table4.main(changed)
+
+
+def kept(row, target, seed, accuracy, **more):
+    found = {"single": {"test": accuracy, "all": accuracy}} | more
+    return {
+        "row": row,
+        "target": target,
+        "words": ["lenet"],
+        "seed": seed,
+        "accuracy": found,
+    }
+
+
+def test_means_over_seeds_stand_beside_published_figures():
+    voted = {"voted": {"test": 0.93, "all": 0.93}}
+    runs = [kept("source_only", "mnist_m", s, 0.5 + 0.02 * s) for s in range(3)]
+    text = table4.table([*runs, kept("full", "usps", 0, 0.9, **voted)], ["lenet"])
+    assert "| full | usps | - | 90.0, 93.0 voted | 90.0, 93.0 voted | 0 |" in text
+    assert "CT 98.7 (1); DRANet 62.5 | 52.0 ± 2.0 | 52.0 ± 2.0 | 0, 1, 2 |" in text
+    assert "(1) CT 98.7: implausible for a network that has seen no MNIST-M" in text
+    assert "| calibrator | usps | DRANet 97.1 | - | - | not run |" in text

@@ -1,0 +1,91 @@
+"""Steps that are not finite: left out in the graph, or told with their images."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from cxai_jax.training import finite
+
+
+@struct.dataclass
+class State:
+    step: jax.Array
+    weight: jax.Array
+
+
+def fresh():
+    return State(jnp.zeros((), jnp.int32), jnp.float32(1.0))
+
+
+def step(state, batches, key):
+    """Adds the batch; its loss and its new weight may each be wrong."""
+    weight = state.weight + batches["weight"]
+    new = State(step=state.step + 1, weight=weight)
+    return new, {"loss": batches["loss"], "accuracy": batches["loss"]}
+
+
+@pytest.mark.parametrize(
+    ("loss", "weight", "skipped"),
+    [
+        (0.5, 2.0, 0),
+        (np.nan, 2.0, 1),
+        (np.inf, 2.0, 1),
+        (0.5, np.nan, 1),
+        (0.5, -np.inf, 1),
+    ],
+)
+def test_a_step_that_is_not_finite_changes_nothing(loss, weight, skipped):
+    batches = {"loss": jnp.float32(loss), "weight": jnp.float32(weight)}
+    new, metrics = jax.jit(finite.skip_not_finite(step))(fresh(), batches, None)
+    assert metrics["skipped"] == skipped
+    assert new.weight == (1.0 if skipped else 3.0)
+    assert new.step == 1  # The next batch is another one.
+
+
+def plan(*names, size=2):
+    number = len(names) // size
+    rows = np.arange(number * size).reshape(number, size)
+    records = SimpleNamespace(names=np.array(names))
+    stream = SimpleNamespace(records=records, rows=rows)
+    return SimpleNamespace(streams={"labelled": stream})
+
+
+def test_the_first_step_and_its_images_are_named():
+    names = [f"{i}.png" for i in range(8)]
+    pending = [{"loss": np.array([0.1, 0.2])}, {"loss": np.array([np.nan, np.inf])}]
+    with pytest.raises(FloatingPointError) as error:
+        finite.check(plan(*names), pending, 4)
+    assert str(error.value) == (
+        "the loss is nan at step 3, of the images 4.png, 5.png; the last checkpoint is "
+        f"kept. {finite.ADVICE}"
+    )
+    finite.check(plan(*names), pending[:1], 2)
+
+
+def test_a_large_batch_is_named_in_part():
+    names = [f"{i}.png" for i in range(20)]
+    with pytest.raises(FloatingPointError, match="0.png, .*7.png and 2 more; the last"):
+        finite.check(plan(*names, size=10), [{"loss": np.array([np.nan])}], 1)
+
+
+def test_skipped_steps_stop_a_run_only_where_all_are():
+    def calls(*skipped):
+        loss = np.where(skipped, np.nan, 0.5)
+        return [{"loss": loss, "skipped": np.array(skipped, np.float32)}]
+
+    finite.check(plan(), calls(1, 0, 1), 3)
+    with pytest.raises(FloatingPointError, match="all 2 steps up to 7 were skipped"):
+        finite.check(plan(), calls(1, 1), 7)
+
+
+def test_means_leave_skipped_steps_out_and_count_them():
+    pending = [
+        {"loss": np.array([1.0, np.nan]), "skipped": np.array([0.0, 1.0])},
+        {"loss": np.array([np.inf, 3.0]), "skipped": np.array([1.0, 0.0])},
+    ]
+    assert finite.means(pending) == {"loss": 2.0, "skipped": 2.0}
+    assert finite.means([{"loss": np.array([1.0, 3.0])}]) == {"loss": 2.0}
