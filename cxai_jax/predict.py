@@ -21,6 +21,7 @@ import numpy as np
 
 from cxai_jax import disk, host
 from cxai_jax.data import inputs, novelty, pipeline, reading, transforms
+from cxai_jax.data.privacy import pseudonym
 from cxai_jax.inference.decisions import POINTS, make_rule
 from cxai_jax.inference.predictor import Predictor, chosen_sites, load, over_sites
 from cxai_jax.inference.shown_maps import CAM, MAPS, make_maps
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--operating_point",
         default="",
         help=f"one of {', '.join(POINTS)}, or a threshold such as 0.5",
+    )
+    parser.add_argument(
+        "--keep_ids", action="store_true", help="patient ids as they are, not hashed"
     )
     parser.add_argument("--resume", action="store_true", help="continue in --out")
     given = parser.parse_intermixed_args(arguments)
@@ -112,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         about["sites"] = list(sites)
     about |= {"step": model.step, "tta": model.config.tta.to_dict()}
     about |= {"map": given.map, "decision": answer.rule.text}
+    about["patient ids"] = "as given" if given.keep_ids else "hashed"
     about = json.loads(json.dumps(about | {"window": given.window}))
     (given.out / "overlays").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -124,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{error}; choose another --out")
         if not same:
             parser.error(
-                f"{done} was made with another model, --votes, --site, --window, --map "
-                "or --operating_point; choose another --out"
+                f"{done} was made with another model, --votes, --site, --window, "
+                "--map, --keep_ids or --operating_point; choose another --out"
             )
     write_json(given.out / "about.json", about)
     rows, signal, counts = predict(
@@ -188,6 +193,7 @@ def predict(
     """
     model, out = answer.model, given.out
     size = model.config.data.image_size
+    salt = str(model.results["data"].get("fingerprint"))
     network_input = pipeline.fit_for_scoring(model.config)
     done = {row["file"] for row in rows}  # Frames of a file have rows of their own.
     table = Table(out / "predictions.csv", model.class_names, rows, shown(sites))
@@ -197,7 +203,7 @@ def predict(
         return [
             Prepared(
                 one.name,
-                one.patient,
+                one.patient if given.keep_ids else pseudonym(one.patient, salt),
                 one.notes + novelty.flags(one.gray, known, size),
                 network_input(transforms.as_stored(one.gray)),
                 pictures.shrink(one.gray[..., 0], OVERLAY_HEIGHT),

@@ -118,7 +118,7 @@ def predict(number: int, workdir: Path, folder: Path) -> dict:
     predictor = Predictor(model, make_mesh())
     features = novelty.load_features(workdir)
     answer = table.Answer(model, CAM, make_rule(model.results, ""), features)
-    draw = make_maps(model, CAM, predictor.batch_size)
+    drawn = make_maps(model, CAM, predictor.batch_size)
     samples, done = Samples(number), 0
     while done < number:
         batch = []
@@ -135,7 +135,7 @@ def predict(number: int, workdir: Path, folder: Path) -> dict:
             )
         images = np.stack([one.input for one in batch])
         outcome = predictor(images)
-        maps = draw(images, outcome, {})
+        maps = drawn(images, outcome, {})
         for i, one in enumerate(batch):
             table.row(one, outcome, i, maps[i], answer, folder, {})
         done += len(batch)

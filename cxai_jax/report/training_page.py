@@ -5,6 +5,7 @@ from html import escape
 
 import numpy as np
 
+from cxai_jax.data.privacy import pseudonym
 from cxai_jax.data.records import Records
 from cxai_jax.report import figures, page, pictures, scores
 from cxai_jax.scoring import explanations, metrics
@@ -75,7 +76,7 @@ def run_parts(
     if explanations:
         summary = results["explanations"]
         parts.append(_explanations_section(explanations, summary, records, names))
-    rows = []
+    rows, salt = [], str(data.get("fingerprint"))
     for i in page.least_certain(probs[:, 0].max(1)):
         plain, mapped = drawn.pair(i, THUMBNAIL)
         rows.append(
@@ -87,7 +88,7 @@ def run_parts(
                 after=names[after[i]],
                 opposing=int(opposing[i]) if k else None,
                 cast=k or None,
-                patient=str(predictions["patients"][i]),
+                patient=pseudonym(str(predictions["patients"][i]), salt),
                 truth=names[labels[i]],
                 plain=plain,
                 mapped=mapped,

@@ -125,7 +125,7 @@ def test_swapped_labels_are_suspected(caplog):
 )
 def test_a_mistyped_command_line_is_explained(arguments, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        main.check_command_line(arguments)
+        main.checked(arguments)
 
 
 def test_an_unused_gpu_is_pointed_out(tmp_path, monkeypatch):
