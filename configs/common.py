@@ -70,6 +70,10 @@ def get_config() -> ConfigDict:
     augment.crop = "random"
     augment.hflip = True  # Horizontal flip with probability one half (D18).
     augment.vflip = True  # Vertical flip with probability one half (D18).
+    augment.rotate = 0.0  # Degrees: each image turns by up to so much, either way.
+    # Strength of the jitter of gamma, contrast and brightness, e.g. 0.2; see
+    # data.augment.random_intensity; 0 is off.
+    augment.intensity = 0.0
 
     config.mix = mix = ConfigDict()
     mix.name = "snapmix"  # none | snapmix | cutmix | as_cutmix | mixup | cutout.
@@ -97,6 +101,8 @@ def get_config() -> ConfigDict:
     # cross-entropy in the first steps of site B, and a gradient 3,000 times its (A2).
     cpe.normalize = True
     cpe.temperature = 1.0  # Divides the similarities.
+    cpe.sqrt_d = False  # True divides them by sqrt(D) as well, as attention does.
+    cpe.ramp = 0.0  # Share of all steps over which the weight grows from 0.
     cpe.negatives = "all4"  # all4 (Eq. 1) | anchor2 (published code) (A1).
     cpe.cam_source = "mixed"  # mixed: rank the mixed image | clean: as published (A4).
 
@@ -136,7 +142,8 @@ def get_config() -> ConfigDict:
     adapt.perceptual_width = 64  # Channels of its first block.
 
     config.optim = optim = ConfigDict()
-    optim.name = "sgd"  # sgd (Nesterov) | adam, both with coupled weight decay.
+    # sgd | adam (coupled decay) | adamw (decoupled), as torch.optim has them.
+    optim.name = "sgd"
     optim.lr_trunk = 0.001  # Learning rate of pretrained parameters (A20).
     optim.lr_fresh = 0.01  # Learning rate of all others; everything if no weights.
     # Rules EXPRESSION=GROUP, e.g. ("head/.*=fresh", "stage4/.*=0.003:cosine",
@@ -144,8 +151,8 @@ def get_config() -> ConfigDict:
     # Groups: trunk and fresh (the rates above), frozen, RATE or RATE:SCHEDULE. ():
     # pretrained parameters are trunk, all others fresh.
     optim.groups = ()
-    optim.momentum = 0.9  # Nesterov.
-    optim.weight_decay = 1e-4  # L2, coupled, on all parameters, norms included.
+    optim.momentum = 0.9  # Of Nesterov; beta 1 of adam and adamw.
+    optim.weight_decay = 1e-4  # L2 on all parameters, norms included; see name.
     optim.schedule = "multistep"  # multistep | cosine | constant.
     optim.milestones = (0.4, 0.75, 0.9)  # Shares of all steps: 80, 150, 180 of 200.
     optim.gamma = 0.1  # Factor at each milestone.
@@ -172,6 +179,18 @@ def get_config() -> ConfigDict:
     train.on_nan = "stop"
     train.keep_checkpoints = 2  # Latest ones kept, beside the best.
     train.selection = "last"  # last | best_val (A22). Never the test split.
+    # What best_val and patience compare, on validation: accuracy | auc | macro_f1 |
+    # balanced_accuracy | auprc.
+    train.select_metric = "accuracy"
+    # Stops after so many evaluations without a better select_metric; 0 is off.
+    train.patience = 0
+    # Cross-entropy by true class: none | auto, inverse to its share of the training
+    # images | "1,3", a weight for each. The mean over the training images is 1.
+    train.class_weights = "none"
+    train.label_smoothing = 0.0  # Share of each label spread over all classes.
+    # Decay by step of the average of weights and running statistics that is scored
+    # instead of the last ones, e.g. 0.999; 0 is off.
+    train.ema = 0.0
 
     config.eval = evaluation = ConfigDict()
     evaluation.batch_size = 32  # Images per forward pass over all devices.

@@ -48,10 +48,25 @@ def mask(config):
     config.align.mask_dilate = 0
 
 
+def weighted(config):
+    """Cross-entropy by true class: the rarer one counts as much as the other."""
+    config.train.class_weights = "auto"
+
+
+def selected(config):
+    """The epoch of the best balanced accuracy on validation."""
+    config.data.fit = "train"
+    config.train.eval_every_epochs = 1.0
+    config.train.selection = "best_val"
+    config.train.select_metric = "balanced_accuracy"
+
+
 ROWS = {
     "baseline": common.baseline,
     "cheap": cheap,
     "full": full,
     "mask": mask,
+    "weighted": weighted,
+    "selected": selected,
     "lite0": common.lite0,
 }

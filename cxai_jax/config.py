@@ -63,6 +63,15 @@ ADDED_FIELDS = {
     "ms_net.distill": 0.5,
     "data.fold": "",
     "data.split_seed": 0,
+    "augment.rotate": 0.0,
+    "augment.intensity": 0.0,
+    "cpe.sqrt_d": False,
+    "cpe.ramp": 0.0,
+    "train.select_metric": "accuracy",
+    "train.patience": 0,
+    "train.class_weights": "none",
+    "train.label_smoothing": 0.0,
+    "train.ema": 0.0,
 }
 
 

@@ -53,11 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         jobs = plan(options)
         if not options.list:
             compare.run_all(jobs, folder, options.out, minutes=options.max_minutes)
+        print(compare.listed(jobs, folder))
+        if not options.list:
+            print(write(jobs, folder, compare.RESULTS / "cross_site"))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    print(compare.listed(jobs, folder))
-    if not options.list:
-        print(write(jobs, folder, compare.RESULTS / "cross_site"))
 
 
 def plan(options) -> list[compare.Job]:

@@ -143,6 +143,8 @@ def summary(row, target, words, seed, results: dict, predictions: dict) -> dict:
         tta = results["config"]["tta"]
         voted = np.asarray(rules.vote(probs, theta=tta["theta"], k=tta["k"]))
         accuracy["voted"] = voted == labels
+    config = results["config"]
+    config["data"]["data_dir"] = ""  # A place on one machine.
     return {
         "row": row,
         "target": target,
@@ -159,7 +161,7 @@ def summary(row, target, words, seed, results: dict, predictions: dict) -> dict:
         "steps": results["steps"],
         "time": results["time"],
         "data": results["data"],
-        "config": results["config"],
+        "config": config,
         "versions": versions(),
         "device": results["device"],
     }

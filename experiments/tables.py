@@ -95,11 +95,11 @@ def main(site: str, name: str, arguments: Sequence[str] | None = None) -> None:
         if not options.list:
             out = options.out or Path("runs", options.runs)
             compare.run_all(jobs, folder, out, minutes=options.max_minutes)
+        print(listed(rows, jobs, folder, site))
+        if not options.list:
+            print(write(rows, jobs, folder, site, compare.RESULTS / name))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    print(listed(rows, jobs, folder, site))
-    if not options.list:
-        print(write(rows, jobs, folder, site, compare.RESULTS / name))
 
 
 def chosen(keys: str | None) -> list[Row]:
@@ -168,14 +168,14 @@ def listed(rows: Sequence[Row], jobs, folder: Path, site: str) -> str:
 
 
 def write(rows, jobs, folder: Path, site: str, path: Path) -> str:
-    """Writes the table with what is finished; returns it as text."""
+    """Writes the table if any run is finished; returns it as text."""
     cells = {
         name: {at: of_site(run, site) for at, run in of.items()}
         for name, of in compare.finished(jobs, folder).items()
         if of
     }
     if not cells:
-        return "no row has a finished run: no table yet"
+        return paired.markdown([overview(rows, jobs, folder, site, {})])
     order = sorted(cells, key=lambda name: name != REFERENCE)
     runs = compare.balanced({name: cells[name] for name in order})
     table = paired.compare(runs)

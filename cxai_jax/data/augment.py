@@ -2,9 +2,11 @@
 
 The published training transform (method D18): short side to 256 (done when the data
 were stored), random 224 crop over the whole image, both flips with probability one
-half. It runs inside the step, so the host ships bytes and nothing else.
+half. Rotation and intensity are beyond it. It runs inside the step, so the host ships
+bytes and nothing else.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -60,6 +62,64 @@ def random_flips(key: Array, images: Array, *, hflip: bool, vflip: bool) -> Arra
     return images
 
 
+def random_rotation(key: Array, images: Array, degrees: float) -> Array:
+    """Turns each image about its middle by up to `degrees`, uniform, either way.
+
+    Bilinear; black where the turned image has no pixel.
+
+    Args:
+      key: PRNG key.
+      images: uint8 [B, H, W, C].
+      degrees: largest angle, 0..180.
+
+    Returns:
+      uint8 [B, H, W, C].
+    """
+    count, height, width, _ = images.shape
+    limit = math.radians(degrees)
+    angles = jax.random.uniform(key, (count,), minval=-limit, maxval=limit)
+    middle = jnp.array([(height - 1) / 2, (width - 1) / 2])[:, None, None]
+    rows, columns = jnp.mgrid[:height, :width] - middle
+
+    def turn(image, angle):
+        sine, cosine = jnp.sin(angle), jnp.cos(angle)
+        at = jnp.stack([cosine * rows - sine * columns, sine * rows + cosine * columns])
+        plane = jax.vmap(
+            lambda values: jax.scipy.ndimage.map_coordinates(
+                values, list(at + middle), order=1, mode="constant"
+            ),
+            in_axes=-1,
+            out_axes=-1,
+        )
+        return plane(image.astype(jnp.float32))
+
+    return jnp.round(jax.vmap(turn)(images, angles)).astype(jnp.uint8)
+
+
+def random_intensity(key: Array, images: Array, strength: float) -> Array:
+    """Jitters gamma, contrast and brightness of each image.
+
+    With x in 0..1, its mean m over the image, g and c = e^U(-s, s), b = U(-s, s) / 2:
+
+        y = clip(m + c (x^g - m) + b, 0, 1)
+
+    Args:
+      key: PRNG key.
+      images: uint8 [B, H, W, C].
+      strength: s, 0..1.
+
+    Returns:
+      uint8 [B, H, W, C].
+    """
+    shape = (3, images.shape[0], 1, 1, 1)
+    draws = jax.random.uniform(key, shape, minval=-strength, maxval=strength)
+    gamma, contrast, brightness = jnp.exp(draws[0]), jnp.exp(draws[1]), draws[2] / 2
+    x = images.astype(jnp.float32) / 255
+    mean = x.mean((1, 2, 3), keepdims=True)
+    y = mean + contrast * (x**gamma - mean) + brightness
+    return jnp.round(255 * jnp.clip(y, 0, 1)).astype(jnp.uint8)
+
+
 def augment(
     key: Array,
     images: Array,
@@ -69,12 +129,18 @@ def augment(
     crop: str,
     hflip: bool,
     vflip: bool,
+    rotate: float = 0.0,
+    intensity: float = 0.0,
+    channels: int | None = None,
 ) -> Array:
     """Applies the training transform: uint8 [B, Hc, Wc, C] -> [B, size, size, C].
 
     Args:
       crop: "random" and "square" cut a random window out of what the host resized,
         "none" expects images of `size` already.
+      rotate: degrees, as `random_rotation`, of every channel alike.
+      intensity: strength, as `random_intensity`, of the first `channels` alone: those
+        behind are masks. None is all.
 
     Raises:
       ValueError: if the canvas is smaller than `size`, or crop is unknown.
@@ -93,7 +159,14 @@ def augment(
     key_crop, key_flip = jax.random.split(key)
     if crop != "none":
         images = random_crop(key_crop, images, sizes, size)
-    return random_flips(key_flip, images, hflip=hflip, vflip=vflip)
+    images = random_flips(key_flip, images, hflip=hflip, vflip=vflip)
+    if rotate:
+        images = random_rotation(jax.random.fold_in(key, 2), images, rotate)
+    if intensity:
+        given = images[..., :channels]
+        given = random_intensity(jax.random.fold_in(key, 3), given, intensity)
+        images = images.at[..., :channels].set(given)
+    return images
 
 
 def normalise(images: Array, mean: tuple, std: tuple) -> Array:

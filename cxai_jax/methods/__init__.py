@@ -8,7 +8,15 @@ from collections.abc import Callable
 
 import optax
 
-from cxai_jax.methods import cycada, dann, dranet, guided, ms_net, target_statistics
+from cxai_jax.methods import (
+    averaging,
+    cycada,
+    dann,
+    dranet,
+    guided,
+    ms_net,
+    target_statistics,
+)
 from cxai_jax.methods.method import Method, Network
 
 # Name -> make(config, network, optimizer, *, total_steps, groups) -> Method.
@@ -47,4 +55,7 @@ def build(
             f"config.method is {config.method!r}; known: {', '.join(METHODS)}"
         )
     make = METHODS[config.method]
-    return make(config, network, optimizer, total_steps=total_steps, groups=groups)
+    method = make(config, network, optimizer, total_steps=total_steps, groups=groups)
+    if config.train.ema:
+        method = averaging.averaged(method, config.train.ema)
+    return method

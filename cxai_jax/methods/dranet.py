@@ -12,7 +12,8 @@ Bi-directional between source and target. With the stream `other` it is tri-dire
 the source translates to and from both, which share all but discriminators and scales.
 Deviations: no label of a target trains a classifier of the reverse direction; without
 `config.adapt.perceptual` the fixed network has random weights; the discriminator of
-USPS is as deep as the others; the last state is scored, not the best on test images.
+USPS is as deep as the others; all pairs share one weight of style and one of fooling;
+the last state is scored, not the best on test images.
 """
 
 import functools

@@ -224,7 +224,7 @@ def loss_terms(config) -> list[tuple[str, float, float, Callable]]:
     align = config.align
     terms = [
         ("cross_entropy", 1.0, 0.0, cross_entropy),
-        ("cpe", config.cpe.weight, 0.0, patch_contrast),
+        ("cpe", config.cpe.weight, config.cpe.ramp, patch_contrast),
         ("contrastive", config.contrastive.weight, 0.0, image_contrast),
         ("align", align.weight, align.ramp, disagreement),
         ("outside_mask", align.mask_weight, align.ramp, outside_mask),
@@ -246,11 +246,26 @@ def total_loss(setting: Setting, seen: Seen, step: Array) -> tuple[Array, dict]:
 
 
 def cross_entropy(setting: Setting, seen: Seen) -> Array:
-    """Of both labels by their weights (Huang et al. 2021), [B]."""
-    pair, scores = seen.pair, losses.SCORES[setting.config.loss.scores](seen.logits)
-    return losses.mixed_cross_entropy(
-        scores, pair.labels_a, pair.labels_b, pair.weight_a, pair.weight_b
+    """Of both labels by their weights (Huang et al. 2021), [B].
+
+    With w of config.train.class_weights each label counts w[its class] times as much;
+    with a share s of config.train.label_smoothing the target of a label is
+    (1 - s) one-hot + s / K, weighed as the label is.
+    """
+    train, pair = setting.config.train, seen.pair
+    scores = losses.SCORES[setting.config.loss.scores](seen.logits)
+    weight_a, weight_b = pair.weight_a, pair.weight_b
+    if train.class_weights != "none":
+        by_class = jnp.asarray(losses.parse_class_weights(train.class_weights))
+        weight_a = weight_a * by_class[pair.labels_a]
+        weight_b = weight_b * by_class[pair.labels_b]
+    loss = losses.mixed_cross_entropy(
+        scores, pair.labels_a, pair.labels_b, weight_a, weight_b
     )
+    if share := train.label_smoothing:
+        flat = (weight_a + weight_b) * losses.uniform_cross_entropy(scores)
+        loss = (1 - share) * loss + share * flat
+    return loss
 
 
 def relevance(setting: Setting, seen: Seen) -> Array:
@@ -270,6 +285,7 @@ def patch_contrast(setting: Setting, seen: Seen) -> Array:
         num_patches=cpe.num_patches,
         normalize=cpe.normalize,
         temperature=cpe.temperature,
+        sqrt_d=cpe.sqrt_d,
         negatives=cpe.negatives,
     )
 

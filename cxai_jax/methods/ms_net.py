@@ -65,21 +65,12 @@ def make(
       ValueError: for fields that this method does not read, or a network without
         norms of each site.
     """
-    others = {
-        "model.norm": (config.model.norm, "per_site"),
-        "mix.name": (config.mix.name, "none"),
-        "cpe.weight": (config.cpe.weight, 0.0),
-        "contrastive.weight": (config.contrastive.weight, 0.0),
-        "align.weight": (config.align.weight, 0.0),
-        "align.mask_weight": (config.align.mask_weight, 0.0),
-        "train.accumulate": (config.train.accumulate, 1),
-    }
-    for field, (given, needed) in others.items():
-        if given != needed:
-            raise ValueError(
-                f"config.{field} is {given!r}, and config.method=ms_net needs "
-                f"{needed!r}; set it, or another method"
-            )
+    parts.check_plain(config)
+    if config.model.norm != "per_site":
+        raise ValueError(
+            "config.method=ms_net has norms of each site, and config.model.norm is "
+            f"{config.model.norm!r}; set it to 'per_site'"
+        )
     if "head" in network.variables.get("batch_stats", {}):
         raise ValueError(
             "config.method=ms_net needs a head without norms; set config.model.head="

@@ -19,6 +19,7 @@ def prepare(key: Array, batch: Batch, config, scale: Scale) -> Array:
     is its own too.
     """
     stack = [batch.images] if batch.masks is None else [batch.images, batch.masks]
+    channels = batch.images.shape[-1]
     images = augment(
         key,
         jnp.concatenate(stack, axis=-1),
@@ -27,8 +28,10 @@ def prepare(key: Array, batch: Batch, config, scale: Scale) -> Array:
         crop=config.augment.crop,
         hflip=config.augment.hflip,
         vflip=config.augment.vflip,
+        rotate=config.augment.rotate,
+        intensity=config.augment.intensity,
+        channels=channels,
     )
-    channels = batch.images.shape[-1]
     masks = images[..., channels:].astype(jnp.float32) / 255
     images = normalise(images[..., :channels], scale.mean, scale.std)
     return jnp.concatenate([images, masks], axis=-1)

@@ -77,8 +77,8 @@ def build(model_config, num_classes: int, *, num_sites: int = 0) -> Backbone:
         )
     if needs_site(model_config) and num_sites < 1:
         raise ValueError(
-            f"config.model.norm is {model_config.norm!r} and config.model.adapter "
-            f"{model_config.adapter!r}, which needs the number of sites of the data; "
+            f"config.model.norm={model_config.norm!r} with config.model.adapter="
+            f"{model_config.adapter!r} needs the number of sites of the data; "
             f"num_sites is {num_sites}"
         )
     options = {option: model_config[option] for option in spec.options}

@@ -169,6 +169,8 @@ class QuarterHead(nn.Module):
 class QuarterProjection(nn.Module):
     """Embedding for a loss between images: 2x2 cells, 1024, `width`, each with norm.
 
+    It serves training alone, so nothing moves the running statistics of its norms.
+
     Attributes:
       width: of the embedding.
       hidden: width of the layer before.

@@ -4,6 +4,7 @@ Also the supervised NT-Xent of the SepNorm baseline. All are float32, keyword-on
 their hyper-parameters, return one value per image and leave the mean to the caller.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -50,6 +51,16 @@ def mixed_cross_entropy(
     return weight_a * cross_entropy(labels_a) + weight_b * cross_entropy(labels_b)
 
 
+def uniform_cross_entropy(logits: Array) -> Array:
+    """Mean over the classes of -ln p_k [B], float32: what label smoothing mixes in."""
+    return -jax.nn.log_softmax(logits.astype(jnp.float32)).mean(-1)
+
+
+def parse_class_weights(text: str) -> tuple[float, ...]:
+    """ "1,3" or "(1, 3)" -> (1.0, 3.0); a ValueError for anything but numbers."""
+    return tuple(map(float, text.strip("()").rstrip(",").split(",")))
+
+
 def contrastive_patch_embedding(
     features: Array,
     relevance: Array,
@@ -57,6 +68,7 @@ def contrastive_patch_embedding(
     num_patches: int = 2,
     normalize: bool = False,
     temperature: float = 1.0,
+    sqrt_d: bool = False,
     negatives: str = "all4",
 ) -> Array:
     """Pulls the n most relevant cells together and apart from the n least relevant.
@@ -78,6 +90,8 @@ def contrastive_patch_embedding(
       num_patches: n, cells per group; 2 <= n and 2n <= hw.
       normalize: True divides every vector by its L2 norm (a zero vector stays zero).
       temperature: divides the similarities.
+      sqrt_d: True divides them by sqrt(D) as well, so that raw products of features of
+        another width stay alike (Vaswani et al. 2017; not in the paper).
       negatives: "all4" takes all n^2 cross pairs (Eq. 1); "anchor2" is the published
         code: one pair per group and only its anchor's n negatives, u1.v_j and v1.u_j.
 
@@ -116,7 +130,7 @@ def contrastive_patch_embedding(
     if normalize:
         picked = unit_length(picked)
     gram = jnp.einsum("bid,bjd->bij", picked, picked, precision=Precision.HIGHEST)
-    gram /= temperature
+    gram /= temperature * math.sqrt(depth) if sqrt_d else temperature
     cross = gram[:, :n, n:]
     if negatives == "all4":
         pairs = jnp.triu_indices(n, 1)

@@ -1,18 +1,22 @@
 """Scores as rows of text, for the terminal, a run's page and the card of a model."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 SCORES = {  # Key in results.json -> heading.
     "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced",
     "precision": "Precision",
     "recall": "Sensitivity",
     "specificity": "Specificity",
     "f1": "F1",
     "auc": "AUC",
+    "auprc": "AUPRC",
     "ece": "ECE",
 }
-HARD = ("accuracy", "precision", "recall", "specificity", "f1")  # Need no score.
+# Need no score.
+HARD = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1")
+RANKING = ("auc", "auprc")
 OF_CLASS = ("precision", "recall", "specificity", "f1", "auc")
 UNDEFINED, UNATTAINABLE = "not defined", "not attainable"
 FEW = 50  # Validation images below which what is fitted on them is a guess.
@@ -62,19 +66,26 @@ def with_interval(values: dict, key: str) -> str:
     return text
 
 
-def class_rows(per_class: dict) -> list[tuple[str, ...]]:
-    """Per class its name, number of images and scores in percent, without intervals."""
-    return [
-        (
-            name,
-            str(values["number"]),
-            *(
-                f"{100 * values[key]:.1f}" if defined(values[key]) else UNDEFINED
-                for key in OF_CLASS
-            ),
-        )
-        for name, values in per_class.items()
-    ]
+def class_rows(scored: dict, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Scores of every class against the rest in percent, and their macro means.
+
+    Rows of name, number of images and OF_CLASS; [] where there are two classes.
+    """
+    if len(names) < 3:
+        return []
+    every, apart = scored["all"], scored["per_class"]
+    rows = []
+    for c, name in enumerate(names):
+        own = {key: every[f"{key}_{c}"] for key in ("precision", "recall")}
+        own |= {key: apart[name][key] for key in ("specificity", "f1", "auc")}
+        bounds = every["intervals"]
+        found = {key: bounds[f"{key}_{c}"] for key in own if f"{key}_{c}" in bounds}
+        own["intervals"] = found
+        cells = (with_interval(own, key) for key in OF_CLASS)
+        rows.append((name, str(apart[name]["number"]), *cells))
+    means = (with_interval(every, f"macro_{key}") for key in OF_CLASS)
+    rows.append(("macro mean", str(every["number"]), *means))
+    return rows
 
 
 def warnings_of(results: dict) -> list[str]:

@@ -9,7 +9,7 @@ def summary(results: dict) -> str:
     """Every score with its 95 % interval, and what a reader must know of them."""
     data, scored = results["data"], results["metrics"]
     split = results["config"]["data"]["test"]
-    keys = (*scores.HARD, "auc")
+    keys = (*scores.HARD, *scores.RANKING)
     lines = [["", *(scores.SCORES[key] for key in keys)]]
     for name, values in scores.groups(scored):
         lines.append([name, *(scores.with_interval(values, key) for key in keys)])
@@ -20,7 +20,8 @@ def summary(results: dict) -> str:
             f"{scored['all']['number']} images, percent with 95 % interval; positive "
             f"class: {data['positive']}",
             *aligned(lines),
-            *per_class(scored),
+            *per_class(scored, data["class_names"]),
+            *stopped(results),
             *([] if flips is None else [f"labels flipped by voting: {len(flips)}"]),
             f"leakage: {data['leakage'].get('verdict', 'not examined')}",
             *(f"warning: {text}" for text in scores.warnings_of(results)),
@@ -28,12 +29,21 @@ def summary(results: dict) -> str:
     )
 
 
-def per_class(scored: dict) -> list[str]:
+def per_class(scored: dict, names: Sequence[str]) -> list[str]:
     """A row per class where there are more than two; else []."""
-    if len(scored.get("per_class", {})) < 3:
-        return []
     head = ["each class", "Images", *(scores.SCORES[key] for key in scores.OF_CLASS)]
-    return aligned([head, *scores.class_rows(scored["per_class"])])
+    rows = scores.class_rows(scored, names)
+    return aligned([head, *rows]) if rows else []
+
+
+def stopped(results: dict) -> list[str]:
+    """What is said of a run that config.train.patience ended."""
+    if not (early := results["selected"].get("stopped_early")):
+        return []
+    return [
+        f"stopped early at step {early['step']}: {early['patience']} evaluations "
+        f"without a better {early['metric']} on validation"
+    ]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

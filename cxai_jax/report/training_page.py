@@ -157,10 +157,10 @@ def _result(results: dict) -> list[str]:
         f'<p class="verdict warn">{escape(text)}</p>'
         for text in scores.warnings_of(results)
     ]
-    if len(data["class_names"]) > 2:
+    if rows := scores.class_rows(scored, data["class_names"]):
         head = ("Class", "Images", *(scores.SCORES[key] for key in scores.OF_CLASS))
-        note = "Each class against all others, percent"
-        parts.append(page.table(head, scores.class_rows(scored["per_class"]), note))
+        note = "Each class against all others, percent with the 95 % interval"
+        parts.append(page.table(head, rows, note))
     return parts
 
 

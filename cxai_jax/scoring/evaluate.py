@@ -109,12 +109,13 @@ def load_predictions(path: Path) -> dict:
     return predictions
 
 
-def quick_score(predictions: dict, positive: int) -> dict:
-    """Accuracy, F1 and cross-entropy without intervals, for the learning curve."""
+def quick_score(predictions: dict, positive: int, also: str = "accuracy") -> dict:
+    """Accuracy, F1, cross-entropy and the score `also`, without intervals."""
     labels, probs = predictions["labels"], predictions["probs"][:, 0]
     values = metrics.classification_metrics(labels, probs, positive=positive)
     chosen = probs[np.arange(len(labels)), labels]
     return {
+        also: values[also],
         "accuracy": values["accuracy"],
         "f1": values["f1"],
         "cross_entropy": float(-np.log(np.maximum(chosen, 1e-12)).mean()),
@@ -173,14 +174,15 @@ def score(predictions: dict, dataset: Dataset, config) -> dict:
 
 
 def per_class(labels: np.ndarray, probs: np.ndarray, class_names) -> dict[str, dict]:
-    """Name -> images and scores of each class against all others."""
+    """Name -> images of each class, and what `all` does not say of every class."""
     rates = metrics.class_rates(
         metrics.confusion(labels, probs.argmax(1), len(class_names))
     )
     return {
         name: {
             "number": int((labels == c).sum()),
-            **{key: float(values[c]) for key, values in rates.items()},
+            "specificity": float(rates["specificity"][c]),
+            "f1": float(rates["f1"][c]),
             "auc": metrics.auc(labels == c, probs[:, c]),
         }
         for c, name in enumerate(class_names)

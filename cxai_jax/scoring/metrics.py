@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 # Scores of a ranking or of a confidence, which a bare label does not have.
-OF_PROBABILITIES = ("auc", "macro_auc", "ece", "brier")
+OF_PROBABILITIES = ("auc", "macro_auc", "auprc", "ece", "brier")
+# What config.train.select_metric may be: more is better.
+SELECTING = ("accuracy", "auc", "macro_f1", "balanced_accuracy", "auprc")
 
 
 def classification_metrics(
@@ -25,8 +27,9 @@ def classification_metrics(
       positive: class that precision, recall, F1, specificity and AUC are about.
 
     Returns:
-      accuracy, precision, recall, f1, specificity, auc, ece and brier; the macro_
-      means of the first three rates and of the one-against-rest AUC over classes.
+      accuracy, balanced accuracy, precision, recall, f1, specificity, auc, auprc, ece
+      and brier; the macro_ means of the first three rates and of the one-against-rest
+      AUC over classes; of more than two classes recall_0, precision_0, ... as well.
 
     Raises:
       ValueError: for empty, misshapen or out-of-range input.
@@ -40,14 +43,12 @@ def classification_metrics(
     rates = class_rates(counts)
     aucs = [auc(labels == c, probs[:, c]) for c in range(probs.shape[1])]
     scores = {"accuracy": np.trace(counts) / counts.sum()}
-    scores |= {name: values[positive] for name, values in rates.items()}
+    scores |= of_rates(rates, counts, positive)
     scores |= {
         "auc": aucs[positive],
+        "auprc": average_precision(labels == positive, probs[:, positive]),
         "ece": expected_calibration_error(labels, probs),
         "brier": brier(labels, probs),
-        "macro_precision": rates["precision"].mean(),
-        "macro_recall": rates["recall"].mean(),
-        "macro_f1": rates["f1"].mean(),
         "macro_auc": np.mean(aucs),
     }
     return {name: float(value) for name, value in scores.items()}
@@ -113,6 +114,28 @@ def class_rates(counts: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def of_rates(rates: dict, counts: np.ndarray, positive: int) -> dict[str, np.ndarray]:
+    """The scores that follow from the rates of all classes, [...] each.
+
+    Balanced accuracy is the mean recall of the classes that have samples, as in
+    scikit-learn; a macro mean is over all classes.
+
+    Args:
+      rates: of `class_rates(counts)`.
+      counts: confusion matrices [..., K, K].
+      positive: the class of precision, recall, f1 and specificity.
+    """
+    present = counts.sum(-1) > 0
+    scores = {name: values[..., positive] for name, values in rates.items()}
+    scores["balanced_accuracy"] = rates["recall"].sum(-1) / present.sum(-1)
+    for name in ("precision", "recall", "f1"):
+        scores[f"macro_{name}"] = rates[name].mean(-1)
+    if (classes := counts.shape[-1]) > 2:
+        for name in ("recall", "precision"):
+            scores |= {f"{name}_{c}": rates[name][..., c] for c in range(classes)}
+    return scores
+
+
 def ratio(top: np.ndarray, bottom: np.ndarray, reason: str) -> np.ndarray:
     """top / bottom, with 0/0 = 0 and a warning."""
     if np.any(bottom == 0):
@@ -153,6 +176,39 @@ def weighted_auc(
     wins = np.sum(positives * (below + negatives / 2), axis=1)
     pairs = positives.sum(1) * negatives.sum(1)
     return np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+
+
+def average_precision(is_positive: np.ndarray, scores: np.ndarray) -> float:
+    """Area under precision and recall, sum_t (R_t - R_t-1) P_t over the thresholds t.
+
+    Args:
+      is_positive: bool [N].
+      scores: [N]; equal ones share a threshold.
+
+    Returns:
+      0..1, no interpolation; NaN, with a warning, without a positive.
+    """
+    is_positive = np.asarray(is_positive, bool)
+    once = np.ones((1, len(is_positive)))
+    value = float(weighted_average_precision(is_positive, scores, once)[0])
+    if np.isnan(value):
+        warnings.warn("auprc: no positive is present, the result is NaN", stacklevel=2)
+    return value
+
+
+def weighted_average_precision(
+    is_positive: np.ndarray, scores: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Average precision of R weighted copies of the sample: weights [R, N] -> [R]."""
+    _, tie = np.unique(-np.asarray(scores), return_inverse=True)
+    order = np.argsort(tie, kind="stable")
+    starts = np.flatnonzero(np.diff(tie[order], prepend=-1))
+    hits = np.add.reduceat((weights * is_positive)[:, order], starts, axis=1)
+    called = np.add.reduceat(weights[:, order], starts, axis=1).cumsum(1)
+    found = hits.cumsum(1)
+    precision = np.divide(found, called, out=np.zeros(found.shape), where=called > 0)
+    area, total = (hits * precision).sum(1), found[:, -1]
+    return np.divide(area, total, out=np.full(len(weights), np.nan), where=total > 0)
 
 
 def expected_calibration_error(
@@ -212,7 +268,7 @@ def bootstrap_intervals(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile-bootstrap intervals of accuracy, precision, recall, f1, ... and auc.
+    """Percentile-bootstrap intervals of all scores but ece, brier and macro_auc.
 
     Args:
       labels: int [N].
@@ -237,7 +293,8 @@ def bootstrap_intervals(
     count, classes = int(groups.max()) + 1, probs.shape[1]
     random = np.random.default_rng(seed)
     pairs = np.eye(classes**2)[labels * classes + probs.argmax(1)]
-    counts, aucs = [], []
+    counts, aucs, areas = [], [], []
+    chosen = labels == positive, probs[:, positive]
     block = max(1, 2**22 // len(labels))  # Bounds the memory at some 32 MiB per array.
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
@@ -246,14 +303,15 @@ def bootstrap_intervals(
         times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
         weights = times[:, groups].astype(float)  # How often each row was drawn.
         counts.append((weights @ pairs).reshape(rows, classes, classes))
-        aucs.append(weighted_auc(labels == positive, probs[:, positive], weights))
+        aucs.append(weighted_auc(*chosen, weights))
+        areas.append(weighted_average_precision(*chosen, weights))
     counts = np.concatenate(counts)
     with warnings.catch_warnings():  # A resample may lack a class by chance.
         warnings.simplefilter("ignore")
         rates = class_rates(counts)
         scores = {"accuracy": np.trace(counts, axis1=1, axis2=2) / counts.sum((1, 2))}
-        scores |= {name: values[:, positive] for name, values in rates.items()}
-        scores["auc"] = np.concatenate(aucs)
+        scores |= of_rates(rates, counts, positive)
+        scores |= {"auc": np.concatenate(aucs), "auprc": np.concatenate(areas)}
         tail = 50 * (1 - level)
         return {
             name: tuple(map(float, np.nanpercentile(values, (tail, 100 - tail))))

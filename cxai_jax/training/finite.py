@@ -10,6 +10,7 @@ import numpy as np
 from cxai_jax.training.run import Plan
 
 NAMED = 8  # Images in a message at most.
+HOPELESS = 10  # Steps between two logs, all skipped, after which a run stops.
 SEEN = ("loss", "skipped")  # The metrics that `check` reads.
 ADVICE = (
     "Lower config.optim.lr_*, or set config.cpe.normalize=True (raw dot products of "
@@ -48,12 +49,13 @@ def check(plan: Plan, pending: list[dict], step: int) -> None:
 
     Raises:
       FloatingPointError: naming the first such step and its images; where steps are
-        skipped, only if all of them were.
+        skipped, only if all of many were.
     """
     metrics = jax.device_get([{n: m[n] for n in m if n in SEEN} for m in pending])
     losses = np.ravel([m["loss"] for m in metrics])
     if metrics and "skipped" in metrics[0]:
-        if np.ravel([m["skipped"] for m in metrics]).all():
+        skipped = np.ravel([m["skipped"] for m in metrics])
+        if skipped.all() and len(skipped) >= HOPELESS:
             raise FloatingPointError(
                 f"all {len(losses)} steps up to {step} were skipped as not finite; the "
                 f"last checkpoint is kept. {ADVICE}"
@@ -90,5 +92,7 @@ def means(pending: list[dict]) -> dict:
     if "skipped" not in rows:
         return {name: row.mean() for name, row in rows.items()}
     skipped = rows.pop("skipped")
+    if skipped.all():  # Nothing to tell but this.
+        return {"skipped": skipped.sum()}
     kept = {name: row[skipped == 0].mean() for name, row in rows.items()}
     return kept | {"skipped": skipped.sum()}

@@ -18,7 +18,7 @@ from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir, read_config
 from cxai_jax.methods.method import Method
 from cxai_jax.scoring import evaluate
-from cxai_jax.training import finite, lock, preview, resume
+from cxai_jax.training import finite, lock, preview, resume, selection
 from cxai_jax.training.compile import compile_run
 from cxai_jax.training.results import conclude
 from cxai_jax.training.run import (
@@ -80,15 +80,20 @@ def train_alone(config, workdir: Path, force_resume: bool) -> dict:
     if restored:
         writer.say(f"continuing {workdir} at step {step} of {plan.total_steps}")
     compiled = {}
-    if step < plan.total_steps:
+    if step < plan.total_steps and not selection.stopped(config, run.curve):
         host.stop_if_asked("before compilation")
         advance, compiled = compile_run(run, plan, state, step)
         host.stop_if_asked("after compilation")
         announce(run, plan, writer, compiled, step)
-        state = loop(run, plan, writer, advance, state, step, compiled["residency"])
+        try:
+            state, step = loop(
+                run, plan, writer, advance, state, step, compiled["residency"]
+            )
+        except FloatingPointError:
+            run.checkpoints.wait()  # The last good step may still be on its way.
+            raise
     run.checkpoints.wait()
-    steps = plan.total_steps
-    results = conclude(run, plan.method, state, steps=steps, compiled=compiled)
+    results = conclude(run, plan.method, state, steps=step, compiled=compiled)
     writer.close()
     return results
 
@@ -110,7 +115,13 @@ def announce(run: Run, plan: Plan, writer: Writer, compiled: dict, step: int) ->
 
 
 def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str):
-    """Advances `state` to the plan's last step; logs, scores and saves when due."""
+    """Advances `state` to the plan's last step, or to where patience ends.
+
+    Logs, scores and saves when due.
+
+    Returns:
+      (state, steps taken).
+    """
     config, total_steps = run.config.train, plan.total_steps
     steps_per_epoch = plan.steps_per_epoch
     periods = {
@@ -123,7 +134,8 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
     saved_at = begun
     blocked = 0.0  # Seconds in which the host waited for the devices instead.
     with host.StopSignal() as stop:
-        while step < total_steps:
+        last = False
+        while not last:
             state, metrics, waited = advance(state)
             pending.append(metrics)
             waiting += waited
@@ -133,6 +145,7 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
                 name: last or (period and step // period != before // period)
                 for name, period in periods.items()
             }
+            due["log"] = due["log"] or (due["score"] and config.patience > 0)
             due["save"] = due["save"] or overdue(
                 config.checkpoint_every_minutes, saved_at, due["log"]
             )
@@ -147,6 +160,12 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
                 pending = []
             if due["score"] and (periods["score"] or config.selection == "best_val"):
                 score_curve(run, plan.method, writer, state, step)
+                if not last and selection.stopped(run.config, run.curve):
+                    last = due["save"] = True
+                    writer.say(
+                        f"stopped at step {step} of {total_steps}: {config.patience} "
+                        f"evaluations without a better {config.select_metric}"
+                    )
             asked = run.checkpoints.preempted(step) or stop.asked
             if due["save"] or asked:
                 run.checkpoints.save("latest", step, state, run.about())
@@ -164,7 +183,7 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
             "config.data.residency=device if the data fit",
             100 * share,
         )
-    return state
+    return state, step
 
 
 def overdue(minutes: float, saved_at: float, together: bool) -> bool:
@@ -196,12 +215,13 @@ def score_curve(run: Run, method: Method, writer: Writer, state, step: int) -> N
         if writer.shows_images:
             maps = preview.class_map_sheet(predictions, records)
             writer.image(step, f"{split}_class_maps", maps)
-        row[split] = evaluate.quick_score(predictions, run.dataset.positive)
+        metric = run.config.train.select_metric
+        positive = run.dataset.positive
+        row[split] = evaluate.quick_score(predictions, positive, also=metric)
         writer.scalars(step, {f"{split}_{n}": v for n, v in row[split].items()})
-    if "val" in row:
-        earlier = [other["val"]["accuracy"] for other in run.curve if "val" in other]
-        if row["val"]["accuracy"] > max(earlier, default=-1.0):
-            run.checkpoints.save("best", step, state, run.about())
+    best = "val" in row and selection.gained([*run.curve, row], metric)
+    if best:
+        run.checkpoints.save("best", step, state, run.about())
     run.curve.append(row)
 
 

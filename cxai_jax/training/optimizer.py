@@ -1,4 +1,4 @@
-"""SGD with Nesterov momentum or Adam, parameter groups, the published schedules.
+"""SGD with Nesterov momentum, Adam, AdamW; parameter groups, published schedules.
 
 SGD equals torch.optim.SGD(momentum, nesterov=True, weight_decay): coupled L2 on every
 parameter, one momentum buffer, the learning rate applied last (method 4.2, A20).
@@ -15,11 +15,12 @@ from flax.traverse_util import flatten_dict
 from cxai_jax import models
 from cxai_jax.types import PyTree
 
-# Name in config.optim.name -> what becomes of gradient and weight decay, before the
-# learning rate. Adam is torch's: the decay is coupled, it is no AdamW.
+# Name in config.optim.name -> what gradient and weight decay go through, in order,
+# before the learning rate: Adam's decay is coupled as in torch, AdamW's is not.
 OPTIMIZERS: dict[str, Callable] = {
-    "sgd": lambda config: optax.trace(config.momentum, nesterov=True),
-    "adam": lambda config: optax.scale_by_adam(),
+    "sgd": lambda config: (decay(config), optax.trace(config.momentum, nesterov=True)),
+    "adam": lambda config: (decay(config), optax.scale_by_adam(config.momentum)),
+    "adamw": lambda config: (optax.scale_by_adam(config.momentum), decay(config)),
 }
 SCHEDULES = ("multistep", "cosine", "constant")
 FROZEN = "frozen"  # The group that no step changes.
@@ -181,6 +182,10 @@ def some_names(names: Sequence[str]) -> str:
     return f"{', '.join(sorted(first.values()))} ({len(names)} in all)"
 
 
+def decay(config) -> optax.GradientTransformation:
+    return optax.add_decayed_weights(config.weight_decay)
+
+
 def make_optimizer(
     config, total_steps: int, label_params: Callable[[PyTree], PyTree]
 ) -> optax.GradientTransformation:
@@ -204,8 +209,7 @@ def make_optimizer(
     clip = optax.clip_by_global_norm(config.clip_norm)
     learning = optax.chain(
         clip if config.clip_norm else optax.identity(),
-        optax.add_decayed_weights(config.weight_decay),
-        OPTIMIZERS[config.name](config),
+        *OPTIMIZERS[config.name](config),
         optax.multi_transform(rates, label_params),
     )
     if not any(group == FROZEN for _, group in parse_groups(config.groups)):

@@ -36,6 +36,8 @@ def training_sheet(config, records: Records) -> np.ndarray:
         crop=config.augment.crop,
         hflip=config.augment.hflip,
         vflip=config.augment.vflip,
+        rotate=config.augment.rotate,
+        intensity=config.augment.intensity,
     )
     mixed = MIXES[config.mix.name](
         key_mix,

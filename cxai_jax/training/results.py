@@ -17,6 +17,7 @@ from cxai_jax.methods.method import Method
 from cxai_jax.report import pictures
 from cxai_jax.report.training_page import run_report
 from cxai_jax.scoring import calibration, evaluate, explanations
+from cxai_jax.training import selection
 from cxai_jax.training.run import Run, fit_records
 from cxai_jax.types import PyTree
 from cxai_jax.writer import read_log, write_json
@@ -66,7 +67,7 @@ def select(run: Run, method: Method, state) -> tuple[PyTree, dict]:
     """The variables that the run's selection rule chose, and which they are."""
     rule = run.config.train.selection
     if rule == "last":
-        return method.scored(state), {"rule": rule}
+        return method.scored(state), {"rule": rule, **stopping_of(run)}
     best = run.checkpoints.restore("best", state)
     if best is None:
         raise FileNotFoundError(
@@ -74,7 +75,21 @@ def select(run: Run, method: Method, state) -> tuple[PyTree, dict]:
             "continue with --mode=train"
         )
     state = meshes.put_replicated(best[0], run.mesh)
-    return method.scored(state), {"rule": rule, "step": best[1]}
+    chosen = {"rule": rule, "metric": run.config.train.select_metric, "step": best[1]}
+    return method.scored(state), {**chosen, **stopping_of(run)}
+
+
+def stopping_of(run: Run) -> dict:
+    """What config.train.patience ended; {} where it did not."""
+    if not selection.stopped(run.config, run.curve):
+        return {}
+    return {
+        "stopped_early": {
+            "step": run.curve[-1]["step"],
+            "patience": run.config.train.patience,
+            "metric": run.config.train.select_metric,
+        }
+    }
 
 
 def described_features(run: Run, variables: PyTree, validation: dict | None) -> dict:

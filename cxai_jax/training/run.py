@@ -20,6 +20,7 @@ from cxai_jax.data.identity import identity
 from cxai_jax.data.records import Dataset, Records, concatenate
 from cxai_jax.methods.method import STREAMS, Method, Network
 from cxai_jax.models import pretrained
+from cxai_jax.objectives import losses
 from cxai_jax.objectives.mixing import group_count
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import validate
@@ -189,8 +190,8 @@ def open_run(config, workdir: Path, *, write: bool = False) -> Run:
     for other in sources.values():
         if models.needs_site(config.model) and other.site_names != scored.site_names:
             raise ValueError(
-                f"config.model.norm={config.model.norm!r} and config.model.adapter="
-                f"{config.model.adapter!r} have parts for the sites of {scored.name}, "
+                f"config.model.norm={config.model.norm!r} with config.model.adapter="
+                f"{config.model.adapter!r} has parts for the sites of {scored.name}, "
                 f"{', '.join(scored.site_names)}; {other.name} has "
                 f"others: {', '.join(other.site_names)}"
             )
@@ -259,8 +260,46 @@ def make_plan(run: Run) -> Plan:
     groups = (
         group_count(config.mix.groups, mixed_at_once, run.mesh.size) if paired else 1
     )
-    method = make_method(config, run.network, total_steps, groups)
+    weighed = config.copy_and_resolve_references()
+    labels = fit.labels[epoch_rows(config, fit)]
+    with weighed.unlocked():
+        weighed.train.class_weights = class_weights(
+            config.train.class_weights, labels, len(run.dataset.class_names)
+        )
+    method = make_method(weighed, run.network, total_steps, groups)
     return Plan(make_streams(run, method, fit), per_epoch, total_steps, method)
+
+
+def class_weights(given: str, labels: np.ndarray, classes: int) -> str:
+    """`config.train.class_weights` as numbers whose mean over the images is 1.
+
+    auto: w_k = N / (K N_k), N_k of the N images being of class k.
+
+    Args:
+      given: none (returned as it is), auto, or a weight for each class, "1,3".
+      labels: int [N], of the images of an epoch.
+      classes: K.
+
+    Raises:
+      ValueError: for another number of weights than classes, or weights that are 0 for
+        all classes that have images.
+    """
+    if given == "none":
+        return given
+    counts = np.bincount(labels, minlength=classes)
+    weights = 1 / np.maximum(counts, 1)
+    if given != "auto":
+        weights = np.array(losses.parse_class_weights(given))
+        if len(weights) != classes:
+            raise ValueError(
+                f"config.train.class_weights={given!r} has {len(weights)} weights and "
+                f"the data {classes} classes; give one for each, or auto"
+            )
+    if not counts @ weights > 0:
+        raise ValueError(
+            f"config.train.class_weights={given!r} is 0 for every training image"
+        )
+    return ",".join(map(repr, (weights * len(labels) / (counts @ weights)).tolist()))
 
 
 def epoch_rows(config, records: Records) -> np.ndarray:

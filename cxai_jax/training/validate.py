@@ -27,6 +27,7 @@ from cxai_jax.models.backbone import HEADS
 from cxai_jax.models.covidnet import STAGE4_INPUTS
 from cxai_jax.models.norm import NORMS
 from cxai_jax.objectives import alignment, losses, mixing
+from cxai_jax.scoring.metrics import SELECTING
 from cxai_jax.training.optimizer import (
     OPTIMIZERS,
     SCHEDULES,
@@ -81,6 +82,9 @@ FLAG = Rule(lambda v: isinstance(v, bool), "expected True or False")
 TEXT = Rule(lambda v: isinstance(v, str), "expected text")
 SHARE = Rule(lambda v: is_number(v) and 0 <= v <= 1, "expected a number in 0..1")
 POSITIVE = Rule(lambda v: is_number(v) and v > 0, "expected a number above 0")
+BELOW_ONE = Rule(
+    lambda v: is_number(v) and 0 <= v < 1, "expected a number from 0 to below 1"
+)
 FROM_ZERO = Rule(lambda v: is_number(v) and v >= 0, "expected a number, 0 or more")
 
 
@@ -103,6 +107,14 @@ def _is_mark(text) -> bool:
         return isinstance(text, str) and 0 <= float(text or 0.5) <= 1
     except ValueError:
         return False
+
+
+def _are_weights(text) -> bool:
+    try:
+        weights = losses.parse_class_weights(text) if isinstance(text, str) else [-1]
+    except ValueError:
+        return False
+    return all(map(FROM_ZERO.holds, weights)) and sum(weights) > 0
 
 
 def _ascends(shares) -> bool:
@@ -162,6 +174,10 @@ RULES: dict[str, Rule] = {
     "augment.crop": one_of(CROPS),
     "augment.hflip": FLAG,
     "augment.vflip": FLAG,
+    "augment.rotate": Rule(
+        lambda v: is_number(v) and 0 <= v <= 180, "expected degrees in 0..180"
+    ),
+    "augment.intensity": SHARE,
     "mix.name": one_of(mixing.MIXES),
     "mix.prob": SHARE,
     "mix.beta": POSITIVE,
@@ -174,6 +190,8 @@ RULES: dict[str, Rule] = {
     "cpe.num_patches": whole(2),
     "cpe.normalize": FLAG,
     "cpe.temperature": POSITIVE,
+    "cpe.sqrt_d": FLAG,
+    "cpe.ramp": SHARE,
     "cpe.negatives": one_of(losses.NEGATIVES),
     "cpe.cam_source": one_of(("mixed", "clean")),
     "contrastive.weight": FROM_ZERO,
@@ -212,9 +230,7 @@ RULES: dict[str, Rule] = {
     "optim.lr_trunk": FROM_ZERO,
     "optim.lr_fresh": FROM_ZERO,
     "optim.groups": each(TEXT, "rules EXPRESSION=GROUP"),
-    "optim.momentum": Rule(
-        lambda v: is_number(v) and 0 <= v < 1, "expected a number from 0 to below 1"
-    ),
+    "optim.momentum": BELOW_ONE,
     "optim.weight_decay": FROM_ZERO,
     "optim.schedule": one_of(SCHEDULES),
     "optim.milestones": Rule(_ascends, "expected a tuple of shares in 0..1, ascending"),
@@ -232,6 +248,14 @@ RULES: dict[str, Rule] = {
     "train.on_nan": one_of(("stop", "skip")),
     "train.keep_checkpoints": whole(1),
     "train.selection": one_of(("last", "best_val")),
+    "train.select_metric": one_of(SELECTING),
+    "train.patience": whole(0),
+    "train.class_weights": Rule(
+        lambda v: v in ("none", "auto") or _are_weights(v),
+        "expected none, auto, or a number from 0 for each class, such as '1,3'",
+    ),
+    "train.label_smoothing": BELOW_ONE,
+    "train.ema": BELOW_ONE,
     "eval.batch_size": whole(1),
     "eval.bootstrap": whole(1),
     "tta.k": whole(0),
@@ -276,6 +300,14 @@ def _together(config) -> Iterator[str]:
             f"config.contrastive.weight is {config.contrastive.weight}, but "
             "config.model.projection is 0: give the embedding a width, such as 128"
         )
+    train = config.train
+    if config.method != "guided" and (
+        train.class_weights != "none" or train.label_smoothing
+    ):
+        yield (
+            f"config.method={config.method} has a loss of its own: set config.train."
+            "class_weights=none and config.train.label_smoothing=0"
+        )
     if config.align.weight > 0 and len(config.align.maps) < 2:
         yield (
             f"config.align.maps is {tuple(config.align.maps)}: alignment compares at "
@@ -297,6 +329,11 @@ def _together(config) -> Iterator[str]:
         yield (
             f"config.train.steps_per_call={config.train.steps_per_call} needs "
             "config.data.residency=device; set it to 1"
+        )
+    if config.train.patience and not config.train.eval_every_epochs:
+        yield (
+            f"config.train.patience={config.train.patience} counts evaluations, and "
+            "config.train.eval_every_epochs is 0: set it, such as to 1"
         )
     every = _parts(config.align.input_grad_fraction)
     if _aligns(config) and batch // accumulate % every:
@@ -338,6 +375,12 @@ def check_run(run) -> None:
         raise ValueError(
             "config.train.selection=best_val needs a split `val` that is not in "
             f"config.data.fit={config.data.fit!r}; {run.dataset.name} has "
+            f"{', '.join(run.dataset.splits)}"
+        )
+    if config.train.patience and run.validation is None:
+        raise ValueError(
+            f"config.train.patience={config.train.patience} needs a split `val` that "
+            f"is not in config.data.fit={config.data.fit!r}; {run.dataset.name} has "
             f"{', '.join(run.dataset.splits)}"
         )
     check_groups(config, network.variables["params"])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from cxai_jax.training.results import versions
+from cxai_jax.training.results import OPTIMISTIC, versions
 from experiments import compare, kept_runs, paired
 
 
@@ -253,6 +253,8 @@ def results(fingerprint="f" * 64):
             }
             for s in range(10, 101, 10)
         ],
+        "loss": [0.9, 0.3],
+        OPTIMISTIC: 0.75,
         "time": {"total_s": 61.4},
     }
 
@@ -269,6 +271,7 @@ def test_a_run_of_500_images_is_kept_in_less_than_20_kb(tmp_path):
     assert kept["curve"]["accuracy"][0] == 0.51 and kept["seconds"] == 61
     assert "data_dir" not in kept["config"]["data"]
     assert kept["data"]["leakage"] == "clean"
+    assert kept["loss"] == [0.9, 0.3] and kept["best test epoch"] == 0.75
 
 
 def wanted(job, **changes):

@@ -62,6 +62,7 @@ def test_other_labels_of_the_target_change_nothing(tmp_path, capsys, monkeypatch
         for run in ("one", "two")
     )
     assert one["images"] == {"all": 30, "test": 10}
+    assert one["config"]["data"]["data_dir"] == ""  # No path of a machine is kept.
     assert one["accuracy"]["single"]["test"] == two["accuracy"]["single"]["test"]
     logits = [
         np.load(tmp_path / run / name / "predictions_usps_train+usps_test.npz")[

@@ -1,4 +1,4 @@
-"""Writes tests/golden/optimizer.json: trajectories of torch.optim.SGD in float64.
+"""Writes tests/golden/optimizer.json: trajectories of torch.optim in float64.
 
     python tests/golden/make_optimizer.py     (with torch and numpy installed)
 
@@ -24,9 +24,13 @@ CASES = {
     "multistep": {"schedule": "multistep"},
     "cosine with warm-up": {"schedule": "cosine", "warmup": 0.2},
     "two rates, frozen stem": {"schedule": "cosine", "frozen": ["stem"]},
+    "adam": {"name": "adam", "schedule": "cosine", "frozen": ["stem"]},
+    "adamw": {"name": "adamw", "schedule": "cosine", "frozen": ["stem"]},
+    "adam, clipped": {"name": "adam", "clip_norm": 0.7},
     "clipped": {"schedule": "multistep", "clip_norm": 0.7, "frozen": ["stem"]},
 }
 DEFAULTS = {
+    "name": "sgd",
     "lr_trunk": 0.02,
     "lr_fresh": 0.1,
     "momentum": 0.9,
@@ -71,15 +75,16 @@ def trajectory(case: dict) -> dict:
     }
     trained = [name for name in values if name not in case["frozen"]]
     rates = {"trunk": case["lr_trunk"], "stem": case["lr_trunk"]}
-    optimizer = torch.optim.SGD(
-        [
-            {"params": [values[name]], "lr": rates.get(name, case["lr_fresh"])}
-            for name in trained
-        ],
-        momentum=case["momentum"],
-        weight_decay=case["weight_decay"],
-        nesterov=True,
-    )
+    groups = [
+        {"params": [values[name]], "lr": rates.get(name, case["lr_fresh"])}
+        for name in trained
+    ]
+    kind, own = {
+        "sgd": (torch.optim.SGD, {"momentum": case["momentum"], "nesterov": True}),
+        "adam": (torch.optim.Adam, {"betas": (case["momentum"], 0.999)}),
+        "adamw": (torch.optim.AdamW, {"betas": (case["momentum"], 0.999)}),
+    }[case["name"]]
+    optimizer = kind(groups, weight_decay=case["weight_decay"], **own)
     scheduler = schedule(optimizer, case)
     found = {name: [] for name in values}
     for step in range(STEPS):

@@ -8,9 +8,13 @@ import pytest
 from configs import common
 from cxai_jax import methods, models
 from cxai_jax.data.augment import Scale
+from cxai_jax.methods import translation
 from cxai_jax.methods.method import Network
+from cxai_jax.models import image_pool
+from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.training.optimizer import make_optimizer
 from cxai_jax.types import Batch
+from experiments import digits_picture
 
 B, SIDE = 4, 32
 NAMES = ("target_statistics", "dann", "cycada", "dranet")
@@ -118,6 +122,23 @@ def test_every_trained_network_moves_and_the_fixed_one_does_not(name):
         assert moved == (net != "perceptual"), net
 
 
+@pytest.mark.parametrize("name", TRANSLATING)
+def test_both_directions_can_be_drawn(name):
+    method, init = build(config(name))
+    row = jnp.zeros((B, SIDE, SIDE, 3))
+    made = jax.eval_shape(
+        lambda x: digits_picture.TRANSLATING[name].translate(
+            translation.setting_of(method), init(), x, x
+        ),
+        row,
+    )
+    assert set(made) == {"source -> target", "target -> source"}
+    assert all(x.shape == row.shape for x in made.values())
+    page = digits_picture.sheet([row, row - 1])
+    assert page.shape == (2 * 2 * SIDE, 2 * B * SIDE, 3)
+    assert page[0, 0, 0] == 127 and page[-1, 0, 0] == 0
+
+
 def test_target_statistics_are_those_of_the_target_alone():
     """Ten times the momentum away from the start: the mean of what it saw."""
     method, init = build(config("target_statistics"))
@@ -171,3 +192,27 @@ def test_dranet_takes_a_third_domain():
 def test_settings_that_a_method_would_ignore_are_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
         build(config(name, **changes))
+
+
+def test_the_state_of_several_networks_is_saved_whole(tmp_path):
+    """Parameters, statistics, optimisers and the pools of generated images."""
+    params = {"task": {"kernel": jnp.ones(3)}, "to_target": {"kernel": jnp.ones(2)}}
+    adam = translation.adam(1e-3)
+    pool = image_pool.empty_pool(2, 4)
+    pool, _ = image_pool.exchange(pool, jnp.ones((1, 4, 4, 3)), jax.random.key(0))
+    state = translation.Several(
+        step=jnp.asarray(7, jnp.int32),
+        params=params,
+        batch_stats={"task": {"mean": jnp.full(3, 2.0)}},
+        opt_state={"generators": adam.init(params["to_target"])},
+        pools={"target": pool},
+    )
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save("latest", 7, state, {})
+    checkpoints.wait()
+    restored, step, _ = checkpoints.restore(
+        "latest", jax.tree.map(jnp.zeros_like, state)
+    )
+    checkpoints.close()
+    assert step == 7 and equal(restored, state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)

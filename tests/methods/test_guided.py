@@ -1,5 +1,7 @@
 """The train step: golden metrics, norm updates, accumulation, the alignment terms."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from cxai_jax.data.augment import Scale
 from cxai_jax.maps.cam import patch_relevance
 from cxai_jax.methods import guided
 from cxai_jax.methods.method import Network
+from cxai_jax.objectives.mixing import Mixed
 from cxai_jax.training.optimizer import make_optimizer
 from cxai_jax.types import Batch
 
@@ -183,3 +186,23 @@ def test_images_are_contrasted_on_their_projection():
         assert not np.allclose(old, new), name
     assert before.params["projection"]["output"]["kernel"].shape == (1024, 128)
     assert "projection" in models.fresh_modules("tiny")
+
+
+def test_class_weights_and_smoothing_are_those_of_the_formula():
+    random = np.random.default_rng(5)
+    logits, weights = random.normal(size=(B, 3)), np.array([0.5, 2.0, 1.0])
+    a, b = random.integers(0, 3, (2, B))
+    share_a, share_b = random.uniform(size=(2, B))
+    config = demo.get_config()
+    config.train.class_weights = "0.5,2.0,1.0"
+    config.train.label_smoothing = 0.2
+    pair = Mixed(None, *map(jnp.asarray, (a, b, share_a, share_b)), None)
+    setting = SimpleNamespace(config=config)
+    seen = SimpleNamespace(logits=jnp.asarray(logits), pair=pair)
+    found = guided.cross_entropy(setting, seen)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    wanted = np.zeros(B)
+    for labels, share in ((a, share_a), (b, share_b)):
+        target = 0.8 * np.eye(3)[labels] + 0.2 / 3
+        wanted -= share * weights[labels] * (target * log_p).sum(1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)

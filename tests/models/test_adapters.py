@@ -148,7 +148,7 @@ def test_a_network_with_adapters_needs_sites():
     config = common.get_config().model
     config.adapter = "series"
     assert models.needs_site(config)
-    with pytest.raises(ValueError, match="config.model.adapter 'series', which needs"):
+    with pytest.raises(ValueError, match="config.model.adapter='series' needs the n"):
         models.build(config, 2)
     config.adapter = "both"
     with pytest.raises(ValueError, match="'both'; known: none, series, parallel"):

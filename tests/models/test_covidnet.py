@@ -201,6 +201,38 @@ def test_the_published_number_of_parameters(name, published):
     assert sum(p.size for p in jax.tree.leaves(shapes["params"])) == published
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["covidnet", "covidnet_redesign"])
+def test_it_learns_at_full_size(name):
+    config = get_config().model
+    config.update({"name": name, "head": "mlp"})
+    model = models.build(config, 2)
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(4, 224, 224, 3)), "f4")
+    labels = jnp.array([0, 1, 0, 1])
+
+    @jax.jit
+    def start(key):
+        return model.init(key, x, "eval")
+
+    @jax.jit
+    def loss_and_gradient(given):
+        def loss(params):
+            own = {**given, "params": params}
+            (logits, out), _ = model.apply(own, x, "train", mutable=["batch_stats"])
+            chosen = jax.nn.log_softmax(logits)[jnp.arange(4), labels]
+            return -chosen.mean(), out.class_maps
+
+        return jax.value_and_grad(loss, has_aux=True)(given["params"])
+
+    given = start(jax.random.key(0))
+    (before, maps), gradient = loss_and_gradient(given)
+    assert maps.shape == (4, 7, 7, 2) and np.isfinite(maps).all()
+    size = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
+    moved = jax.tree.map(lambda p, g: p - 1e-3 / size * g, given["params"], gradient)
+    (after, _), _ = loss_and_gradient({**given, "params": moved})
+    assert np.isfinite(size) and after < before
+
+
 @pytest.mark.parametrize(
     "fields,message",
     [

@@ -155,7 +155,7 @@ def test_a_network_with_parts_of_each_site_needs_to_be_told():
         shapes(build(), jnp.zeros(3, jnp.int32))
     with pytest.raises(ValueError, match="'test'; use train, explain or eval"):
         jax.eval_shape(lambda: build().init(key, x, "test", site))
-    with pytest.raises(ValueError, match="config.model.norm .* num_sites is 0"):
+    with pytest.raises(ValueError, match="config.model.norm=.* num_sites is 0"):
         build(num_sites=0)
     with pytest.raises(ValueError, match="config.model.norm is 'group'; known: plain"):
         build(norm="group")

@@ -47,6 +47,13 @@ def test_scores_equal_scikit_learn(classes):
         assert scores["specificity"] == pytest.approx(rest)
         area = oracle.roc_auc_score(labels == positive, probs[:, positive])
         assert scores["auc"] == pytest.approx(area)
+        area = oracle.average_precision_score(labels == positive, probs[:, positive])
+        assert scores["auprc"] == pytest.approx(area)
+        balanced = oracle.balanced_accuracy_score(labels, predicted)
+        assert scores["balanced_accuracy"] == pytest.approx(balanced)
+        for c in range(classes) if classes > 2 else ():
+            assert scores[f"recall_{c}"] == pytest.approx(r[c])
+            assert scores[f"precision_{c}"] == pytest.approx(p[c])
     assert scores["accuracy"] == pytest.approx(oracle.accuracy_score(labels, predicted))
     counts = metrics.confusion(labels, predicted, classes)
     np.testing.assert_array_equal(counts, oracle.confusion_matrix(labels, predicted))
@@ -145,7 +152,7 @@ def test_bootstrap_equals_rescoring_each_resample():
         warnings.simplefilter("ignore")
         each = [metrics.classification_metrics(labels[d], probs[d]) for d in drawn]
     got = metrics.bootstrap_intervals(labels, probs, resamples=50, seed=3)
-    assert set(got) == {"accuracy", "precision", "recall", "f1", "specificity", "auc"}
+    assert set(each[0]) - set(got) == {"ece", "brier", "macro_auc"}
     for name, interval in got.items():
         expected = np.nanpercentile([scores[name] for scores in each], (2.5, 97.5))
         np.testing.assert_allclose(interval, expected)
@@ -177,3 +184,24 @@ def test_patients_get_the_mean_probability_in_order_of_appearance():
 def test_impossible_patients_are_refused(patients, message):
     with pytest.raises(ValueError, match=message):
         metrics.by_patient(np.array([0, 1]), np.full((2, 2), 0.5), patients)
+
+
+def test_average_precision_of_weights_is_that_of_repeated_rows():
+    labels, probs = some_predictions(count=40)
+    weights = np.random.default_rng(1).integers(0, 3, (5, 40))
+    found = metrics.weighted_average_precision(labels == 1, probs[:, 1], weights)
+    for value, times in zip(found, weights, strict=True):
+        rows = np.repeat(np.arange(40), times)
+        again = metrics.average_precision(labels[rows] == 1, probs[rows, 1])
+        assert value == pytest.approx(again)
+    with pytest.warns(UserWarning, match="auprc: no positive"):
+        assert np.isnan(metrics.average_precision(np.zeros(3, bool), np.arange(3)))
+
+
+def test_intervals_of_three_classes_name_each():
+    labels, probs = some_predictions(classes=3)
+    scores = metrics.classification_metrics(labels, probs)
+    intervals = metrics.bootstrap_intervals(labels, probs, resamples=200)
+    assert scores.keys() - intervals.keys() == {"ece", "brier", "macro_auc"}
+    for name, (low, high) in intervals.items():
+        assert low <= scores[name] <= high, name

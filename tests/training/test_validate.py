@@ -139,7 +139,8 @@ def opened():
         "sources": {"": data.load(config.data)},
         "network": runs.build_network(config, 2, abstract=True),
     }
-    empty = dict.fromkeys(("evaluator", "checkpoints", "curve", "started", "out"))
+    fields = {field.name for field in dataclasses.fields(runs.Run)}
+    empty = dict.fromkeys(fields - {"config", *parts})
     return lambda **changes: runs.Run(config=small(**changes), **parts, **empty)
 
 
