@@ -419,7 +419,8 @@ def test_a_page_is_readable_without_a_script_in_the_dark_and_printed(opened):
     assert dark.pdf(prefer_css_page_size=True).startswith(b"%PDF")
     dark.emulate_media(media="print")
     assert dark.evaluate(colour) == "rgb(255, 255, 255)"
-    assert not dark.locator("#controls").is_visible()
+    for control in ("#controls", "#fade"):
+        assert not dark.locator(control).is_visible()
 
 
 @pytest.mark.parametrize(

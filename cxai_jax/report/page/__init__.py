@@ -26,7 +26,8 @@ MAX_ROWS = 5000  # Of a page's image table; it must stay usable in any browser.
 INCONCLUSIVE = "inconclusive"
 OUTSIDE = 0.5  # Share of a map's evidence outside the body that is worth a warning.
 BARS = ("#3b82c4", "#e07a2f", "#2f9e77", "#b0569b", "#8a8f2f", "#7b6bd6")
-WIDTHS = {"Picture": 2, "File": 1.4, "Flags": 1.4, "By site": 1.4}  # Shares of a row.
+# Shares of a row; a decision must not be broken within its word.
+WIDTHS = {"Picture": 2, "File": 1.4, "Decision": 1.3, "Flags": 1.4, "By site": 1.4}
 
 
 class Row(NamedTuple):
