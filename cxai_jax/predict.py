@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import signal as signals
 import sys
 import time
@@ -273,12 +274,14 @@ def predict(
 
 def progress(done: int, total: int, text: str) -> None:
     """A bar that overwrites itself on a terminal, plain lines elsewhere."""
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or os.environ.get("CI"):
         print(f"{done}/{total} files, {text}", flush=True)
         return
     bar = "#" * (30 * done // total)
     end = "\n" if done == total else ""
-    print(f"\r[{bar:<30}] {done}/{total} files, {text}\x1b[K", end=end, flush=True)
+    line = f"[{bar:<30}] {done}/{total} files, {text}"
+    line = line[: shutil.get_terminal_size().columns - 1]
+    print(f"\r{line}\x1b[K", end=end, flush=True)
 
 
 def conclude(out: Path, rows, errors, answer, about, counts) -> int:

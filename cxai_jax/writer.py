@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -134,6 +135,8 @@ class Writer:
         if not self.active or (self._quiet and not last):
             return
         if self._terminal:
+            # A wrapped line cannot be overwritten and would stay.
+            text = text[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[2K{text}", end="\n" if last else "", flush=True)
         else:
             print(text, flush=True)

@@ -62,6 +62,17 @@ def test_json_is_json_whatever_the_numbers(tmp_path, no_tensorboard):
     }
 
 
+def test_progress_is_never_wider_than_the_terminal(
+    tmp_path, no_tensorboard, monkeypatch, capsys
+):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    Writer(tmp_path, start_step=0).progress("step 1 " + "loss 1.234 " * 20, last=True)
+    line = capsys.readouterr().out.removeprefix("\r\x1b[2K").rstrip("\n")
+    assert len(line) == 39 and line.startswith("step 1 loss")
+
+
 def test_pictures_are_made_only_where_somebody_shows_them(tmp_path, no_tensorboard):
     writer = Writer(tmp_path, start_step=0)
     assert not writer.shows_images

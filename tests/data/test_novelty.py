@@ -39,8 +39,8 @@ def test_foreign_images_are_told_and_own_ones_are_not(held_out, tmp_path):
 
 def test_of_few_images_the_farthest_neighbour_counts_and_zeros_are_finite():
     described = novelty.describe_features(np.eye(3), np.zeros((2, 3)))
-    assert described["threshold"] == pytest.approx(1.0)
-    known = {"reference": np.eye(3, dtype=np.float32), "threshold": 1.0}
+    assert described["threshold"] == pytest.approx(2**0.5)  # Of no direction at all.
+    known = {"reference": np.eye(3, dtype=np.float32), "threshold": 1.5}
     assert novelty.foreign(np.zeros((1, 3)), known) == [""]
 
 

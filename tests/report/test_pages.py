@@ -177,9 +177,9 @@ def test_sites_are_scored_after_voting_and_labels_have_no_ranking(finished, run_
     assert {"auc", "ece", "brier"} <= scored["all"].keys()
     lines = terminal.summary(results).splitlines()
     (line,) = [x for x in lines if x.startswith("north, after voting")]
-    assert line.count("(") == 5  # No AUC.
+    assert line.count("(") == 6  # No ranking.
     cells = re.findall('<th scope="row">south, after voting</th>(.*?)</tr>', run_page)
-    assert len(re.findall(r"\d \(", cells[0])) == 5
+    assert len(re.findall(r"\d \(", cells[0])) == 6
 
 
 def prediction_page(rows=3, errors=()):
