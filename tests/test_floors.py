@@ -97,6 +97,20 @@ def test_every_folder_says_what_lives_there():
             assert ast.get_docstring(ast.parse(path.read_text())), name
 
 
+def test_a_long_file_says_why():
+    for name, path in MODULES.items():
+        text = path.read_text()
+        if len(text.splitlines()) > 400:
+            assert "longer" in (ast.get_docstring(ast.parse(text)) or ""), name
+
+
+def test_a_step_is_read_one_function_at_a_time():
+    for path in (PACKAGE / "methods").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
 def test_tensorflow_is_never_imported():
     for path in MODULES.values():
         assert "import tensorflow\n" not in path.read_text(), path

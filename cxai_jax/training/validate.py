@@ -2,7 +2,8 @@
 
 `RULES` has a line for each field of configs/common.py: what it may be. What fields must
 be together follows, first what the config alone can tell (`check_config`), then what
-takes the devices, the data and the network (`check_run`, `check_training`).
+takes the devices, the data and the network (`check_run`, `check_training`). One table,
+longer than other files, so that a new field has one place to be looked for.
 """
 
 import functools
