@@ -225,8 +225,8 @@ def _charts(results, predictions, after, log) -> str:
         charts.append(
             (figures.accuracy_curves(results["curve"]), "Learning curve: accuracy")
         )
-    drawn = (page.chart(figures.to_svg(*one), one[1]) for one in charts)
-    return '<div class="charts">' + "".join(drawn) + "</div>"
+    drawn = "".join(page.chart(figures.to_svg(*one), one[1]) for one in charts)
+    return f'<div class="charts">{drawn}</div>'
 
 
 def _galleries(drawn: Drawn, probs, labels, before, after, names) -> list[str]:
@@ -255,10 +255,8 @@ def _galleries(drawn: Drawn, probs, labels, before, after, names) -> list[str]:
 
 
 def _explanations_section(found: dict, summary: dict, records: Records, names) -> str:
-    score, rows = (
-        explanations.agreement(found),
-        {n: i for i, n in enumerate(records.names)},
-    )
+    score = explanations.agreement(found)
+    rows = {name: i for i, name in enumerate(records.names)}
     chosen = found["probs"].argmax(1)
     scales = [pictures.common_scale(found[name]) for name in explanations.MAPS]
     figure = []
@@ -379,8 +377,7 @@ def _voting_section(predictions, before, after, opposing, theta, class_names) ->
         f"them to the true class. A label flips if more than {k / 2:g} votes oppose "
         "it.</p>",
         '<div class="charts wide">'
-        + page.chart(figures.to_svg(figure, title), title)
-        + "</div>",
+        f"{page.chart(figures.to_svg(figure, title), title)}</div>",
         _flip_table(predictions, before, after, opposing, class_names, flips),
     )
 
@@ -398,5 +395,6 @@ def _flip_table(predictions, before, after, opposing, names, flips) -> str:
         )
         for i in flips
     ]
-    head = ("Flipped image", "True", "Before", "After", "Votes against")
-    return page.table(head, rows)
+    return page.table(
+        ("Flipped image", "True", "Before", "After", "Votes against"), rows
+    )
