@@ -38,7 +38,7 @@ def per_class(scored: dict, names: Sequence[str]) -> list[str]:
 
 def stopped(results: dict) -> list[str]:
     """What is said of a run that config.train.patience ended."""
-    if not (early := results["selected"].get("stopped_early")):
+    if not (early := (results.get("selected") or {}).get("stopped_early")):
         return []
     return [
         f"stopped early at step {early['step']}: {early['patience']} evaluations "
