@@ -1,6 +1,8 @@
 """cxai-train --config=siteB:full,lite0 --workdir=runs/b
 
 The same: python -m cxai_jax.main --config=configs/siteB.py:full,lite0 --workdir=runs/b
+
+JAX and what needs it are imported once the command line is known to be right.
 """
 
 import contextlib
@@ -10,21 +12,16 @@ import sys
 import warnings
 from pathlib import Path
 
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from cxai_jax import disk, host, hosts
+from cxai_jax import disk
 from cxai_jax.config import (
     check_overrides,
     config_path,
     load_config_file,
     read_config,
 )
-from cxai_jax.inference.external import score_external
-from cxai_jax.report.pages import summary
-from cxai_jax.training import check
-from cxai_jax.training.loop import score, train
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or name, :ROWS.")
@@ -57,6 +54,10 @@ EXPLAINED = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 
 
 def main(_) -> None:
+    import jax
+
+    from cxai_jax import host
+
     host.keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
@@ -98,6 +99,11 @@ def default_workdir() -> Path:
 
 def perform(config, workdir: Path) -> str:
     """Does what --mode says; returns what is to be printed."""
+    from cxai_jax.inference.external import score_external
+    from cxai_jax.report.terminal import summary
+    from cxai_jax.training import check
+    from cxai_jax.training.loop import score, train
+
     if MODE.value == "check":
         return check.check(config, workdir)
     if warning := check.unused_gpu():
@@ -118,6 +124,8 @@ def join_hosts():
     Raises:
       ValueError: if --coordinator, --num_processes and --process_id are not together.
     """
+    from cxai_jax import hosts
+
     given = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if given.count(None) not in (0, 3):
         raise ValueError(
@@ -155,6 +163,7 @@ def checked(arguments: list[str]) -> list[str]:
       ValueError, FileNotFoundError: for a config or field that does not exist, or --on
         without what it needs, before absl says less.
     """
+    arguments = list(map(through_json, arguments))
     files = [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
     others = [a for a in arguments if not a.startswith("--config=")]
     if any(a.startswith("--on") for a in others):
@@ -185,7 +194,11 @@ def cli() -> None:
             arguments = checked(arguments)
         except EXPLAINED as error:
             sys.exit(f"error: {error}")
-    app.run(main, argv=[sys.argv[0], *arguments])
+        print("loading JAX", flush=True)
+    try:
+        app.run(main, argv=[sys.argv[0], *arguments])
+    except KeyboardInterrupt:
+        sys.exit("stopped before the run began")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import signal as signals
 import sys
 import time
@@ -24,12 +25,23 @@ import numpy as np
 
 from cxai_jax import disk, host
 from cxai_jax.data import inputs, novelty, pipeline, reading, transforms
+from cxai_jax.data.privacy import pseudonym
 from cxai_jax.inference import bundle
+from cxai_jax.inference.decisions import POINTS, make_rule
 from cxai_jax.inference.predictor import Predictor, chosen_sites, load, over_sites
-from cxai_jax.inference.table import OVERLAY_HEIGHT, Prepared, Table, finish, read, row
+from cxai_jax.inference.shown_maps import CAM, MAPS, make_maps
+from cxai_jax.inference.table import (
+    OVERLAY_HEIGHT,
+    Answer,
+    Prepared,
+    Table,
+    finish,
+    read,
+    row,
+)
 from cxai_jax.mesh import make_mesh
-from cxai_jax.report import figures
-from cxai_jax.report.pages import tally_sentence
+from cxai_jax.report import pictures
+from cxai_jax.report.prediction_page import tally_sentence
 from cxai_jax.writer import read_json, write_json
 
 NOT_FINITE = (
@@ -51,6 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--votes", type=int, help="masks per image; default: config")
     parser.add_argument("--window", type=window, help="CENTER,WIDTH for DICOM files")
     parser.add_argument("--site", default="", help="NAME of the images' site, or each")
+    parser.add_argument("--map", default=CAM, help=f"one of {', '.join(MAPS)}")
+    parser.add_argument(
+        "--operating_point",
+        default="",
+        help=f"one of {', '.join(POINTS)}, or a threshold such as 0.5",
+    )
+    parser.add_argument(
+        "--keep_ids", action="store_true", help="patient ids as they are, not hashed"
+    )
     parser.add_argument("--resume", action="store_true", help="continue in --out")
     given = parser.parse_intermixed_args(arguments)
     host.keep_freed_memory()
@@ -79,13 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = bundle.locate(given.model) if given.model else given.workdir
         model = bundle.read(folder) if given.model else load(folder)
         known = novelty.load(folder)
+        features = novelty.load_features(folder)
     except (ValueError, FileNotFoundError, ImportError) as error:
         if done.exists():  # Its page stays as it is.
             parser.error(str(error))
         given.out.mkdir(parents=True, exist_ok=True)
         errors.append((str(given.model or given.workdir), str(error)))
         counts = tally(found, 0, len(found.errors))
-        return conclude(given.out, [], errors, [], 0, about, counts)
+        return conclude(given.out, [], errors, None, about, counts)
     if given.votes is not None:
         cells = (model.config.data.image_size // model.config.tta.patch) ** 2
         if not 0 <= given.votes <= cells:
@@ -93,11 +115,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model.config.tta.k = given.votes
     try:
         sites = chosen_sites(model, given.site)
+        rule = make_rule(model.results, given.operating_point)
+        answer = Answer(model, given.map, rule, features)
+        programs = given.workdir and given.workdir / "executables"
+        predictor = Predictor(model, make_mesh(), programs)
+        draw = make_maps(model, given.map, predictor.batch_size)
     except ValueError as error:
         parser.error(str(error))
     if sites:
         about["sites"] = list(sites)
     about |= {"step": model.step, "tta": model.config.tta.to_dict()}
+    about |= {"map": given.map, "decision": answer.rule.text}
+    about["patient ids"] = "as given" if given.keep_ids else "hashed"
     about = json.loads(json.dumps(about | {"window": given.window}))
     (given.out / "overlays").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -110,15 +139,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{error}; choose another --out")
         if not same:
             parser.error(
-                f"{done} was made with another model, --votes, --site or --window; "
-                "choose another --out"
+                f"{done} was made with another model, --votes, --site, --window, "
+                "--map, --keep_ids or --operating_point; choose another --out"
             )
     write_json(given.out / "about.json", about)
-    rows, signal, counts = predict(model, known, found, errors, rows, given, sites)
+    rows, signal, counts = predict(
+        answer, predictor, draw, known, found, errors, rows, given, sites
+    )
     about["ignored files"] = found.ignored
     about["rows of patients.csv that name no image"] = found.unmatched
-    names = model.class_names
-    code = conclude(given.out, rows, errors, names, model.positive, about, counts)
+    code = conclude(given.out, rows, errors, answer, about, counts)
     if signal:
         print("stopped; the same command with --resume continues")
     return 128 + signal if signal else code
@@ -164,17 +194,17 @@ def tally(found: inputs.Found, predicted: int, failed: int) -> dict[str, int]:
 
 
 def predict(
-    model, known, found, errors, rows, given, sites
+    answer, predictor, draw, known, found, errors, rows, given, sites
 ) -> tuple[list[dict], int, dict[str, int]]:
     """Predicts the files that have no row yet, as of `sites`; adds to `errors`.
 
     Returns:
       All rows, the signal that stopped it or 0, and the counts of `tally`.
     """
-    size, out = model.config.data.image_size, given.out
+    model, out = answer.model, given.out
+    size = model.config.data.image_size
+    salt = str(model.results["data"].get("fingerprint"))
     network_input = pipeline.fit_for_scoring(model.config)
-    programs = given.workdir and given.workdir / "executables"
-    predictor = Predictor(model, make_mesh(), programs)
     done = {row["file"] for row in rows}  # Frames of a file have rows of their own.
     table = Table(out / "predictions.csv", model.class_names, rows, shown(sites))
 
@@ -183,10 +213,10 @@ def predict(
         return [
             Prepared(
                 one.name,
-                one.patient,
+                one.patient if given.keep_ids else pseudonym(one.patient, salt),
                 one.notes + novelty.flags(one.gray, known, size),
                 network_input(transforms.as_stored(one.gray)),
-                figures.shrink(one.gray[..., 0], OVERLAY_HEIGHT),
+                pictures.shrink(one.gray[..., 0], OVERLAY_HEIGHT),
             )
             for one in inputs.open_slices(path, window=given.window, patient=patient)
             if one.name not in done
@@ -222,9 +252,10 @@ def predict(
                 errors += [(name, NOT_FINITE) for name in bad]
                 lost.update(bad)
                 by_site = {name: answers[name] for name in shown(sites)}
+                maps = draw(images, outcome, sites)
                 table.add(
                     [
-                        row(batch[i], outcome, i, model, out, by_site)
+                        row(batch[i], outcome, i, maps[i], answer, out, by_site)
                         for i in np.flatnonzero(finite)
                     ]
                 )
@@ -252,23 +283,27 @@ def predict(
 
 def progress(done: int, total: int, text: str) -> None:
     """A bar that overwrites itself on a terminal, plain lines elsewhere."""
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or os.environ.get("CI"):
         print(f"{done}/{total} files, {text}", flush=True)
         return
     bar = "#" * (30 * done // total)
     end = "\n" if done == total else ""
-    print(f"\r[{bar:<30}] {done}/{total} files, {text}\x1b[K", end=end, flush=True)
+    line = f"[{bar:<30}] {done}/{total} files, {text}"
+    line = line[: shutil.get_terminal_size().columns - 1]
+    print(f"\r{line}\x1b[K", end=end, flush=True)
 
 
-def conclude(out: Path, rows, errors, names, positive, about, counts) -> int:
+def conclude(out: Path, rows, errors, answer, about, counts) -> int:
     """Writes the page, prints errors and counts, and returns the exit code."""
-    finish(out, rows, errors, names, positive, about, counts)
+    finish(out, rows, errors, answer, about, counts)
     for name, text in errors:
         print(f"error: {name}: {text}", file=sys.stderr)
     for name, text in about.get("rows of patients.csv that name no image", []):
         print(f"unmatched: {name}: {text}", file=sys.stderr)
     print(tally_sentence(counts))
-    of = f", probabilities are of {names[positive]}" if rows else ""
+    of = ""
+    if rows:
+        of = f", probabilities are of {answer.model.class_names[answer.model.positive]}"
     print(f"{len(rows)} images, {len(errors)} errors{of}: {out / 'report.html'}")
     return int(bool(errors)) if rows else 2
 

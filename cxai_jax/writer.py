@@ -3,9 +3,12 @@ tensorboardX is installed (extra `log`), Weights & Biases where WANDB_PROJECT is
 
 import hashlib
 import json
+import math
 import os
+import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,8 @@ from cxai_jax import disk
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes JSON in one move, see `disk.write`."""
-    text = json.dumps(value, indent=1, default=_plain, allow_nan=True)
+    """Writes JSON in one move, see `disk.write`; NaN and infinity become null."""
+    text = json.dumps(strict(value), indent=1, allow_nan=False)
     disk.write(path, text + "\n")
 
 
@@ -50,12 +53,17 @@ def _lines(path: Path) -> list[str]:
     return path.read_text("utf-8", errors="replace").split("\n")
 
 
-def _plain(value):
-    if isinstance(value, np.generic):
-        return value.item()
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return str(value)
+def strict(value):
+    """The value as JSON has it: plain numbers, lists and dicts; null for NaN, inf."""
+    if isinstance(value, np.generic) or hasattr(value, "tolist"):
+        return strict(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 class Writer:
@@ -91,7 +99,7 @@ class Writer:
         if not self.active:
             return
         values = {name: float(value) for name, value in values.items()}
-        row = json.dumps({"step": step, **values}) + "\n"
+        row = json.dumps(strict({"step": step, **values}), allow_nan=False) + "\n"
         with disk.writing(self._path, len(row)), self._path.open("a") as file:
             file.write(row)
         if self._tensorboard:
@@ -127,6 +135,8 @@ class Writer:
         if not self.active or (self._quiet and not last):
             return
         if self._terminal:
+            # A wrapped line cannot be overwritten and would stay.
+            text = text[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[2K{text}", end="\n" if last else "", flush=True)
         else:
             print(text, flush=True)

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from cxai_jax.report import figures
+from cxai_jax.report import figures, pictures
 from experiments.run_files import read_run, rows_of
 
 TITLES = ("baseline", "+ CPE", "+ SnapMix", "+ CPE + SnapMix")
@@ -37,15 +37,19 @@ def draw(images, maps, captions, titles: Sequence[str]) -> Figure:
       captions: [row][0] under the image and [row][1 + run] under each map.
       titles: one per run.
     """
+    scales = [pictures.common_scale(of_run) for of_run in zip(*maps, strict=True)]
     with rc_context(figures.STYLE):
         figure = Figure((2 * (1 + len(titles)), 2.3 * len(images)), layout="tight")
         grid = figure.subplots(len(images), 1 + len(titles), squeeze=False)
         for row, (gray, row_maps, texts) in enumerate(
             zip(images, maps, captions, strict=True)
         ):
-            pictures = [np.repeat(gray, 3, axis=2)]
-            pictures += [figures.overlay(gray, class_map) for class_map in row_maps]
-            for axes, picture, text in zip(grid[row], pictures, texts, strict=True):
+            shown = [np.repeat(gray, 3, axis=2)]
+            shown += [
+                pictures.overlay(gray, class_map, scale)
+                for class_map, scale in zip(row_maps, scales, strict=True)
+            ]
+            for axes, picture, text in zip(grid[row], shown, texts, strict=True):
                 axes.imshow(picture)
                 axes.set_xlabel(text, fontsize=8)
                 axes.set(xticks=[], yticks=[])

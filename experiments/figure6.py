@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from cxai_jax.data import transforms
-from cxai_jax.report import figures
+from cxai_jax.report import figures, pictures
 from cxai_jax.voting import rules
 from experiments.run_files import read_run, rows_of
 
@@ -36,6 +36,7 @@ def draw(grays, cells, probs, maps, captions, *, patch: int, theta: float) -> Fi
       theta: support threshold.
     """
     k = cells.shape[1]
+    scale = pictures.common_scale(maps)
     counts = np.linspace(0, k, STAGES + 1).round().astype(int)[1:]
     with rc_context(figures.STYLE):
         figure = Figure((2.1 * (STAGES + 3), 2.3 * len(grays)), layout="constrained")
@@ -45,12 +46,12 @@ def draw(grays, cells, probs, maps, captions, *, patch: int, theta: float) -> Fi
         )
         for row, axes in enumerate(grid):
             for place, count in zip(axes, counts, strict=False):
-                masked = figures.without_cells(
+                masked = pictures.without_cells(
                     grays[row], cells[row, :count], patch=patch
                 )
                 place.imshow(masked, cmap="gray", vmin=0, vmax=255)
                 place.set_xlabel(f"{count} cells removed", fontsize=8)
-            axes[-2].imshow(figures.overlay(grays[row], maps[row]))
+            axes[-2].imshow(pictures.overlay(grays[row], maps[row], scale))
             axes[-2].set_xlabel("class map", fontsize=8)
             for place in axes[:-1]:
                 place.set(xticks=[], yticks=[])

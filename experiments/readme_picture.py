@@ -23,7 +23,7 @@ from configs import demo
 from cxai_jax import data
 from cxai_jax.maps import quality as em
 from cxai_jax.maps.grid import upsample
-from cxai_jax.report import figures
+from cxai_jax.report import figures, pictures
 from cxai_jax.scoring import evaluate
 from cxai_jax.training.loop import train
 
@@ -71,11 +71,13 @@ def draw(records, found: dict, class_names: Sequence[str], positive: int) -> Fig
     captions = [[""] * len(rows), [""] * len(rows)]
     for title, predictions in found.items():
         maps = predictions["class_maps"][rows, :, :, positive]
+        scale = pictures.common_scale(maps)
         auc, _ = em.mean_and_excluded(
             em.localisation_auc(np.asarray(upsample(maps, SIDE)), masks)
         )
         columns[f"{title}\n(maps: {100 * auc:.0f} %)"] = [
-            figures.overlay(image, one) for image, one in zip(images, maps, strict=True)
+            pictures.overlay(image, one, scale)
+            for image, one in zip(images, maps, strict=True)
         ]
         probs = predictions["probs"][rows, 0, positive]
         captions.append([f"{class_names[positive]}: {100 * p:.0f} %" for p in probs])
@@ -83,10 +85,10 @@ def draw(records, found: dict, class_names: Sequence[str], positive: int) -> Fig
     with rc_context(figures.STYLE):
         figure = Figure((2 * len(columns), 2.15 * COUNT + 0.3), layout="tight")
         grid = figure.subplots(COUNT, len(columns), squeeze=False)
-        for column, (title, pictures) in enumerate(columns.items()):
+        for column, (title, shown_here) in enumerate(columns.items()):
             grid[0, column].set_title(title, fontsize=10)
             for axes, i in zip(grid[:, column], shown, strict=True):
-                axes.imshow(pictures[i], cmap="gray")
+                axes.imshow(shown_here[i], cmap="gray")
                 axes.set_xlabel(captions[column][i], fontsize=9)
                 axes.set(xticks=[], yticks=[])
     return figure

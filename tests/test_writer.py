@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from cxai_jax.writer import Writer, clock
+from cxai_jax.writer import Writer, clock, write_json
 
 
 @pytest.fixture
@@ -29,6 +29,48 @@ def test_progress_is_quiet_in_ci_and_events_are_not(
     writer = Writer(tmp_path, start_step=0)
     writer.progress("step 1")
     assert capsys.readouterr().out == "step 1\n"
+
+
+def test_json_is_json_whatever_the_numbers(tmp_path, no_tensorboard):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    values = {
+        "nan": float("nan"),
+        "inf": np.float32(np.inf),
+        "array": np.array([1.0, -np.inf]),
+        "pair": (1, np.int64(2)),
+        3: {"deep": [np.nan, True, None, "NaN"]},
+        "path": tmp_path,
+    }
+    write_json(tmp_path / "x.json", values)
+    found = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+    assert found == {
+        "nan": None,
+        "inf": None,
+        "array": [1.0, None],
+        "pair": [1, 2],
+        "3": {"deep": [None, True, None, "NaN"]},
+        "path": str(tmp_path),
+    }
+    Writer(tmp_path, start_step=0).scalars(1, {"loss": np.nan, "cpe": 2})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=refuse) == {
+        "step": 1,
+        "loss": None,
+        "cpe": 2.0,
+    }
+
+
+def test_progress_is_never_wider_than_the_terminal(
+    tmp_path, no_tensorboard, monkeypatch, capsys
+):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    Writer(tmp_path, start_step=0).progress("step 1 " + "loss 1.234 " * 20, last=True)
+    line = capsys.readouterr().out.removeprefix("\r\x1b[2K").rstrip("\n")
+    assert len(line) == 39 and line.startswith("step 1 loss")
 
 
 def test_pictures_are_made_only_where_somebody_shows_them(tmp_path, no_tensorboard):

@@ -22,9 +22,11 @@ from configs import demo
 from cxai_jax import host
 from cxai_jax.data import inputs, novelty, pipeline, transforms
 from cxai_jax.inference import table
+from cxai_jax.inference.decisions import make_rule
 from cxai_jax.inference.predictor import Predictor, load
+from cxai_jax.inference.shown_maps import CAM, make_maps
 from cxai_jax.mesh import make_mesh
-from cxai_jax.report import figures
+from cxai_jax.report import pictures
 from cxai_jax.training import loop
 from cxai_jax.training.checkpoint import Checkpoints
 from cxai_jax.training.results import versions
@@ -114,6 +116,9 @@ def predict(number: int, workdir: Path, folder: Path) -> dict:
     size = model.config.data.image_size
     network_input = pipeline.fit_for_scoring(model.config)
     predictor = Predictor(model, make_mesh())
+    features = novelty.load_features(workdir)
+    answer = table.Answer(model, CAM, make_rule(model.results, ""), features)
+    drawn = make_maps(model, CAM, predictor.batch_size)
     samples, done = Samples(number), 0
     while done < number:
         batch = []
@@ -125,12 +130,14 @@ def predict(number: int, workdir: Path, folder: Path) -> dict:
                     one.patient,
                     novelty.flags(one.gray, known, size),
                     network_input(transforms.as_stored(one.gray)),
-                    figures.shrink(one.gray[..., 0], table.OVERLAY_HEIGHT),
+                    pictures.shrink(one.gray[..., 0], table.OVERLAY_HEIGHT),
                 )
             )
-        outcome = predictor(np.stack([one.input for one in batch]))
+        images = np.stack([one.input for one in batch])
+        outcome = predictor(images)
+        maps = drawn(images, outcome, {})
         for i, one in enumerate(batch):
-            table.row(one, outcome, i, model, folder, {})
+            table.row(one, outcome, i, maps[i], answer, folder, {})
         done += len(batch)
         if done // len(batch) % 50 == 0 or done >= number:
             samples.take(done)

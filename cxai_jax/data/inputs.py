@@ -22,6 +22,10 @@ VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npy", ".npz")
 PHOTOGRAPH = 0.2  # Share of such pixels; drawn marks on a scan stay below 0.02.
 
 
+MODALITIES = ("CT", "CR", "DX", "DR", "RG")  # Of DICOM: computed tomography, X-ray.
+CHEST = ("CHEST", "THORAX", "LUNG", "RIB", "HEART")
+
+
 class Found(NamedTuple):
     """What a list of paths leads to."""
 
@@ -142,9 +146,11 @@ def open_slices(
             raise ValueError(
                 f"{name}: a colour picture, not a scan; convert it to gray if it is one"
             )
-        patient = patient or _dicom_patient(data)
+        own, odd = _dicom_header(data)
+        patient = patient or own
         single = len(frames) == 1
         notes = ["first frame of several"] if transforms.is_animated(data) else []
+        notes += odd
         return [
             Slice(
                 name if single else f"{name}#{i}",
@@ -172,14 +178,24 @@ def _looks_like_image(path: Path) -> bool:
     return dicom.is_dicom(path)  # Scanners name files by number, without a suffix.
 
 
-def _dicom_patient(data: bytes) -> str:
-    """Patient id, else the series' number, of a DICOM file; "" of any other."""
+def _dicom_header(data: bytes) -> tuple[str, list[str]]:
+    """Patient id, else the series' number, of a DICOM file, and what is odd about it.
+
+    "" and [] of any other file.
+    """
     if data[128:132] != b"DICM":
-        return ""
+        return "", []
     import pydicom  # The frames were read, so the extra is there.
 
-    tags = ["PatientID", "SeriesInstanceUID"]
+    tags = ["PatientID", "SeriesInstanceUID", "Modality", "BodyPartExamined"]
     header = pydicom.dcmread(
         io.BytesIO(data), stop_before_pixels=True, specific_tags=tags
     )
-    return next((str(header[t].value) for t in tags if header.get(t)), "")
+    told = {tag: str(header[tag].value).strip() for tag in tags if header.get(tag)}
+    notes = []
+    modality, part = told.get("Modality", ""), told.get("BodyPartExamined", "")
+    if modality and modality not in MODALITIES:
+        notes.append(f"DICOM modality {modality}: no chest X-ray or CT")
+    if part and not any(word in part.upper() for word in CHEST):
+        notes.append(f"DICOM body part {part}: no chest")
+    return told.get(tags[0]) or told.get(tags[1], ""), notes

@@ -3,19 +3,30 @@
 A run keeps what is needed to answer that in its workdir; `predict` reads it and flags
 images that were trained on or lie outside the training ranges. The hash survives
 scaling, as the original of a training image is rarely of the size that was stored.
+
+What no range tells is told by the network's features: an image is foreign if it lies
+farther from the training images than 95 % of the validation images do (k nearest
+neighbours on normalised features, Sun et al. 2022).
 """
 
 import os
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from cxai_jax import disk
 from cxai_jax.data.records import Records
 from cxai_jax.writer import read_json
 
 FILE = "training_images.json"
+FEATURES = "training_features.npz"
+NEIGHBOURS = 5  # k; the distance is that to the k-th.
+FOREIGN = "unlike the training images"
+KEPT = 1000  # Training images at most whose features are kept.
+LIKE = 0.95  # Share of the validation images that are called alike.
 SIDE = 16  # Rows and columns of the difference hash: 256 bits.
 RISE = 4  # Grey levels that count as a rise: noise of a dark background does not.
 SAME = 8  # Bits in which two hashes of one picture differ at most.
@@ -150,3 +161,91 @@ def flags(image: np.ndarray, known: dict, input_size: int) -> list[str]:
         if value < low - slack or value > high + slack:
             found.append(FLAGS[name][int(value > high)])
     return found
+
+
+def directions(features: np.ndarray) -> np.ndarray:
+    """Features [N, D] scaled to length 1; a vector of zeros stays."""
+    features = np.asarray(features, np.float32)
+    length = np.linalg.norm(features, axis=1, keepdims=True)
+    return features / np.maximum(length, 1e-12)
+
+
+def neighbour_distance(
+    features: np.ndarray, reference: np.ndarray, *, itself: bool = False
+) -> np.ndarray:
+    """Euclidean distance to the k-th nearest of the reference, k = 5, float32 [N].
+
+    Args:
+      features, reference: `directions` [N, D] and [M, D].
+      itself: whether the features are the reference, each then no neighbour of itself.
+    """
+    inner = features @ reference.T
+    squared = np.maximum(2 - 2 * inner, 0)
+    if itself:
+        np.fill_diagonal(squared, np.inf)
+    k = min(NEIGHBOURS, squared.shape[1] - itself)
+    return np.sqrt(np.partition(squared, k - 1, axis=1)[:, k - 1])
+
+
+def describe_features(trained_on: np.ndarray, held_out: np.ndarray | None) -> dict:
+    """What tells a foreign image by the network's features.
+
+    Args:
+      trained_on: pooled features of training images [N, D].
+      held_out: of validation images; None sets the threshold on the training images,
+        each compared with the others.
+
+    Returns:
+      reference float16 [M, D], the directions of at most KEPT training images; and
+      threshold float32, the distance within which LIKE of the held-out images lie.
+    """
+    rows = np.linspace(0, len(trained_on) - 1, min(KEPT, len(trained_on))).round()
+    reference = directions(trained_on[rows.astype(int)]).astype(np.float16)
+    known = reference.astype(np.float32)
+    if held_out is None:
+        distance = neighbour_distance(known, known, itself=True)
+    else:
+        distance = neighbour_distance(directions(held_out), known)
+    threshold = np.quantile(distance, LIKE, method="higher")
+    return {"reference": reference, "threshold": np.float32(threshold)}
+
+
+def save_features(workdir: Path, described: dict) -> None:
+    """Writes what `describe_features` returned."""
+    disk.write_arrays(workdir / FEATURES, described)
+
+
+def load_features(workdir: Path) -> dict:
+    """What `describe_features` returned for the run in `workdir`.
+
+    Raises:
+      FileNotFoundError: if the run did not write it.
+      ValueError: if it is damaged.
+    """
+    path, again = workdir / FEATURES, "score the run again with --mode=eval to write it"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; {again}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            reference = file["reference"].astype(np.float32)
+            threshold = float(file["threshold"])
+        if reference.ndim != 2 or not len(reference) or not np.isfinite(threshold):
+            raise ValueError(f"reference {reference.shape}, threshold {threshold}")
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({error}); {again}") from None
+    return {"reference": reference, "threshold": threshold}
+
+
+def foreign(pooled: np.ndarray, known: dict) -> list[str]:
+    """For each image what to tell a reader who must not trust its prediction; or "".
+
+    Args:
+      pooled: the network's features [N, D].
+      known: what `load_features` returned.
+    """
+    distance = neighbour_distance(directions(pooled), known["reference"])
+    ratio = distance / max(known["threshold"], 1e-12)
+    return [
+        f"{FOREIGN} ({one:.1f} times the accepted distance)" if one > 1 else ""
+        for one in ratio
+    ]

@@ -1,9 +1,9 @@
 """A trained model in one folder, for use without its workdir or its data.
 
 `model.safetensors` (weights), `config.json`, `model.json` (classes, sites, positive
-class, calibration, scores), `training_images.json` (hashes and gray levels, for the
-flags of `predict`), `README.md` (the model card) and `manifest.json` with the SHA-256
-of each. Nothing in it is a pickle or runs code.
+class, calibration, scores), `training_images.json` and `training_features.npz` (hashes,
+gray levels and features, for the flags of `predict`), `README.md` (the model card) and
+`manifest.json` with the SHA-256 of each. Nothing in it is a pickle or runs code.
 """
 
 import hashlib
@@ -29,13 +29,16 @@ from cxai_jax.types import PyTree
 from cxai_jax.writer import write_json
 
 WEIGHTS, ABOUT, MANIFEST = "model.safetensors", "model.json", "manifest.json"
-FILES = (WEIGHTS, "config.json", ABOUT, novelty.FILE, "README.md")
+KNOWN = (novelty.FILE, novelty.FEATURES)  # What tells a foreign image.
+FILES = (WEIGHTS, "config.json", ABOUT, *KNOWN, "README.md")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 KEPT = (
     "data",
     "tested",
     "metrics",
     "calibration",
+    "maps",
+    "finished",
     "pretrained",
     "selected",
     "versions",
@@ -62,6 +65,7 @@ def write(workdir: Path, folder: Path) -> dict[str, str]:
         raise ValueError(f"{folder} is there already; choose a new --bundle folder")
     trained = load(workdir)
     novelty.load(workdir)  # Raises where it is missing or of an earlier version.
+    novelty.load_features(workdir)
     results = json.loads((workdir / "results.json").read_text())
     config = json.loads(trained.config.to_json())
     config["data"]["data_dir"] = "data"  # A place on this machine is nobody's matter.
@@ -75,7 +79,8 @@ def write(workdir: Path, folder: Path) -> dict[str, str]:
     save_file(tensors, folder / WEIGHTS)
     write_json(folder / "config.json", config)
     write_json(folder / ABOUT, about)
-    (folder / novelty.FILE).write_bytes((workdir / novelty.FILE).read_bytes())
+    for name in KNOWN:
+        (folder / name).write_bytes((workdir / name).read_bytes())
     (folder / "README.md").write_text(card.model_card(about), encoding="utf-8")
     manifest = {name: digest(folder / name) for name in FILES}
     write_json(folder / MANIFEST, manifest)
@@ -99,7 +104,7 @@ def read(folder: Path) -> Trained:
     network = empty_network(config, *names[:2])
     variables = unflatten_dict(load_file(folder / WEIGHTS), sep="/")
     check_fit(folder, variables, network.variables)
-    return assemble(config, names, network, variables, about["step"])
+    return assemble(config, names, network, variables, about["step"], folder / ABOUT)
 
 
 def check(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The model card of a bundle, written from what the run measured."""
 
-from cxai_jax.report.pages import SCORES, score_rows, with_interval
+from cxai_jax.report.scores import SCORES, groups, with_interval
 
 LIMITS = """\
 - Research tool, not a medical device. Not for diagnosis or treatment.
@@ -60,7 +60,7 @@ def _scores(about: dict) -> list[str]:
         "| | images | " + " | ".join(SCORES.values()) + " |",
         "|---" * (len(SCORES) + 2) + "|",
     ]
-    for name, values in score_rows(about["metrics"]):
+    for name, values in groups(about["metrics"]):
         cells = [with_interval(values, key) for key in SCORES]
         lines.append(f"| {name} | {values['number']} | " + " | ".join(cells) + " |")
     return [*lines, ""]

@@ -24,6 +24,7 @@ from cxai_jax.config import claim_workdir
 from cxai_jax.data import novelty
 from cxai_jax.data.records import Dataset, Records
 from cxai_jax.inference.predictor import Trained, load
+from cxai_jax.report import pictures
 from cxai_jax.report.external import external_report
 from cxai_jax.scoring import calibration, evaluate
 from cxai_jax.training.results import describe, versions
@@ -101,6 +102,7 @@ def score_external(config: ConfigDict, workdir: Path, on: str) -> tuple[Path, di
         "run": {key: own.get(key) for key in ("data", "metrics", "calibration")}
         | {"step": trained.step, "test": trained.config.data.test},
         "curve": [],
+        "maps": own.get("maps") or {"scale": pictures.scale_of(predictions)},
         "selected": own.get("selected") or {},
         "time": {"total_s": time.monotonic() - started},
         "config": json.loads(config.to_json()),

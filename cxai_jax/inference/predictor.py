@@ -30,6 +30,9 @@ from cxai_jax.voting.forward import (
 )
 from cxai_jax.writer import read_json
 
+# Of results.json: what the card of a model shows and its decisions need.
+CARD = ("metrics", "calibration", "config", "versions")
+
 
 class Trained(NamedTuple):
     """What is needed to use a trained model."""
@@ -42,6 +45,8 @@ class Trained(NamedTuple):
     scale: Scale
     variables: PyTree  # NumPy arrays: params and batch_stats.
     step: int  # Of the checkpoint that the run's selection rule chose.
+    results: dict  # Contents of results.json.
+    map_scale: float  # Value of the highest colour of its maps.
 
 
 def load(workdir: Path) -> Trained:
@@ -77,9 +82,8 @@ def load(workdir: Path) -> Trained:
     state, step, about = restored
     # Of the run that trained, whoever scored it since.
     data = about.get("data", {}).get("", data)
-    return assemble(
-        config, names_of(data, results), network, method.scored(state), step
-    )
+    names, variables = names_of(data, results), method.scored(state)
+    return assemble(config, names, network, variables, step, results)
 
 
 def empty_network(
@@ -100,8 +104,22 @@ def assemble(
     network: Network,
     variables: PyTree,
     step: int,
+    results: Path,
 ) -> Trained:
-    """A trained model from its parts; `names` of classes and sites, and positive."""
+    """A trained model from its parts.
+
+    Args:
+      config: of the run.
+      names: of classes and sites, and the index of the positive class.
+      network: without weights.
+      variables: its weights.
+      step: of the checkpoint.
+      results: the run's results.json, or what a bundle kept of it.
+
+    Raises:
+      ValueError: if that file lacks what predictions need.
+    """
+    contents = read_json(results)
     class_names, site_names, positive = names
     return Trained(
         config=config,
@@ -112,7 +130,21 @@ def assemble(
         scale=network.scale,
         variables=variables,
         step=step,
+        results=contents,
+        map_scale=_map_scale(contents, results),
     )
+
+
+def _map_scale(results: dict, path: Path) -> float:
+    """The scale of the run's maps; results of earlier versions lack it."""
+    again = "score the run again with --mode=eval to write it"
+    for key in CARD:
+        if key not in results:
+            raise ValueError(f"{path} lacks {key!r}; {again}")
+    try:
+        return float(results["maps"]["scale"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} lacks the scale of the maps; {again}") from None
 
 
 def names_of(data, results: Path) -> tuple[list[str], list[str], int]:
@@ -172,6 +204,7 @@ class Predicted(NamedTuple):
     after: np.ndarray  # int [B], label after voting
     opposing: np.ndarray | None  # int [B], among the votes cast; None without voting
     cast: np.ndarray | None  # int [B]
+    pooled: np.ndarray  # float32 [B, D], mean of the features
     saved: int  # Masked images that the early exit did not have to run.
 
 
@@ -197,6 +230,7 @@ def over_sites(found: Sequence[Predicted]) -> Predicted:
         after=after,
         opposing=None,
         cast=None,
+        pooled=np.mean([one.pooled for one in found], axis=0),
         saved=sum(one.saved for one in found),
     )
 
@@ -268,7 +302,8 @@ class Predictor:
             after, opposing = votes.labels, votes.opposing
             cast = np.full(number, tta_config.k)
         maps = np.asarray(seen["class_maps"][:number])
-        return Predicted(first, maps, before, after, opposing, cast, saved)
+        pooled = np.asarray(seen["pooled"][:number])
+        return Predicted(first, maps, before, after, opposing, cast, pooled, saved)
 
     def _vote(self, site, masked: jax.Array, rows: np.ndarray) -> jax.Array:
         """Probabilities of normalised images; every device takes its share of them."""

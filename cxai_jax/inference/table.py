@@ -16,14 +16,17 @@ import numpy as np
 from PIL import Image
 
 from cxai_jax import disk
-from cxai_jax.data import tables
+from cxai_jax.data import novelty, tables
+from cxai_jax.inference import decisions, shown_maps
 from cxai_jax.inference.predictor import Predicted, Trained
-from cxai_jax.report import figures, page
-from cxai_jax.report.pages import prediction_report
+from cxai_jax.report import page, pictures
+from cxai_jax.report.prediction_page import prediction_report
+from cxai_jax.report.scores import percent
 
 OVERLAY_HEIGHT = 320  # Pixels at most.
-LARGE = 1000  # Rows from which the page has smaller pictures.
-HEIGHTS = (112, 72)  # Pixels of the pictures of a page, a large page.
+SEPARATOR = " | "  # Of the classes in a prediction set.
+LARGE = 500  # Rows from which the page has smaller pictures.
+HEIGHTS = (224, 72)  # Pixels of the pictures of a page, a large page.
 
 
 class Prepared(NamedTuple):
@@ -79,6 +82,7 @@ class Table:
 
 def _columns(class_names: Sequence[str], site_names: Sequence[str]) -> list[str]:
     columns = ["file", "patient", "probability", "label_before", "label"]
+    columns += ["calibrated", "decision", "prediction_set"]
     columns += ["opposing_votes", "votes_cast", "flags", "overlay"]
     answers = [f"p_{name}" for name in class_names]
     columns += answers
@@ -104,7 +108,7 @@ def read(
                 raise ValueError(f"expected the columns {', '.join(columns)}")
             row = {column: tables.unguarded(cell) for column, cell in row.items()}
             for column, cell in row.items():
-                if column.startswith(("probability", "p_")):
+                if column.startswith(("probability", "calibrated", "p_")):
                     float(cell)
                 elif column.startswith("label"):
                     class_names.index(cell)
@@ -122,40 +126,80 @@ def overlay_name(name: str) -> str:
     return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.png"
 
 
+class Answer(NamedTuple):
+    """How a run answers: its model, the map that is drawn, the rule of decision."""
+
+    model: Trained
+    kind: str  # Of shown_maps.MAPS.
+    rule: decisions.Rule
+    features: dict  # Of novelty.load_features.
+
+    def legend(self) -> str:
+        """HTML of what the colours of the maps mean."""
+        scale = self.model.map_scale
+        told = shown_maps.meaning(self.kind, scale)
+        return page.legend(scale, shown_maps.MAPS[self.kind], told)
+
+
 def row(
     one: Prepared,
     found: Predicted,
     i: int,
-    model: Trained,
+    class_map: np.ndarray,
+    answer: Answer,
     out: Path,
     by_site: Mapping[str, Predicted],
 ) -> dict:
     """The row of image `i` of a predicted batch; writes its overlay under `out`.
 
-    `by_site` are the answers that have columns of their own.
+    Args:
+      one: the image.
+      found: of its batch.
+      i: its place there.
+      class_map: what is drawn over it, [h, w] in the unit of shown_maps.
+      answer: how the run answers.
+      out: the folder.
+      by_site: the answers that have columns of their own.
     """
+    model, names = answer.model, answer.model.class_names
     overlay = Path("overlays", overlay_name(one.name))
-    heated = figures.overlay(one.shown, found.class_maps[i, ..., found.before[i]])
-    panel = figures.side_by_side(one.shown, heated)
-    disk.write(out / overlay, figures.encode(panel, "PNG"))
+    heated = pictures.overlay(one.shown, class_map, model.map_scale)
+    legend = f"{answer.kind} of {names[found.before[i]]}, 0 to {model.map_scale:.3g}"
+    panel = pictures.panel(one.shown, heated, legend)
+    disk.write(out / overlay, pictures.encode(panel, "PNG"))
+    outside = pictures.share_outside(
+        class_map, pictures.body(one.shown), model.map_scale
+    )
+    (foreign,) = novelty.foreign(found.pooled[i : i + 1], answer.features)
+    doubts = [foreign, *one.flags, page.looks_outside(outside, "the body")]
 
     def chances(answer: Predicted, at: str = "") -> dict:
-        probs = zip(model.class_names, answer.probs[i], strict=True)
+        probs = zip(names, answer.probs[i], strict=True)
         return {f"p_{name}{at}": f"{p:.6f}" for name, p in probs}
 
     columns = {}
-    for site, answer in by_site.items():
-        columns[f"label@{site}"] = model.class_names[answer.after[i]]
-        columns |= chances(answer, f"@{site}")
+    for site, other in by_site.items():
+        columns[f"label@{site}"] = names[other.after[i]]
+        columns |= chances(other, f"@{site}")
+    label = int(found.after[i])
+    probs = decisions.calibrated(answer.rule, found.probs[i : i + 1])[0]
+    decision, candidates = decisions.decide(
+        answer.rule, probs, label, model.positive, names
+    )
     return {
         "file": one.name,
         "patient": one.patient,
         "probability": f"{found.probs[i, model.positive]:.6f}",
-        "label_before": model.class_names[found.before[i]],
-        "label": model.class_names[found.after[i]],
+        "label_before": names[found.before[i]],
+        "label": names[label],
+        "calibrated": f"{probs[model.positive]:.6f}",
+        "decision": page.INCONCLUSIVE if foreign else decision,
+        "prediction_set": ""
+        if candidates is None
+        else f"{{{SEPARATOR.join(candidates)}}}",
         "opposing_votes": "" if found.opposing is None else str(found.opposing[i]),
         "votes_cast": "" if found.cast is None else str(found.cast[i]),
-        "flags": "; ".join(one.flags),
+        "flags": "; ".join(filter(None, doubts)),
         "overlay": overlay.as_posix(),
         **chances(found),
         **columns,
@@ -166,49 +210,60 @@ def answers_by_site(row: dict, positive: str) -> tuple[str, ...]:
     """What each site says of a row's image, with the probability of `positive`."""
     return tuple(
         f"{column.removeprefix('label@')}: {label}, "
-        + page.percent(float(row[column.replace("label", f"p_{positive}", 1)]))
+        + percent(float(row[column.replace("label", f"p_{positive}", 1)]))
         for column, label in row.items()
         if column.startswith("label@") and label
     )
 
 
 def report_rows(
-    rows: Sequence[dict], folder: Path, positive: str = ""
+    rows: Sequence[dict], folder: Path, answer: Answer | None
 ) -> list[page.Row]:
-    """Rows for the page, with pictures made from the overlays in `folder`.
-
-    `positive` is the class whose probability is shown.
-    """
+    """Rows for the page, with pictures made from the overlays in `folder`."""
+    if answer is None:
+        return []
     height = HEIGHTS[len(rows) > LARGE]
+    names, positive = answer.model.class_names, answer.model.positive
 
-    def picture(row: dict) -> bytes:
+    def picture(row: dict) -> tuple[bytes, bytes]:
         try:
             with Image.open(folder / row["overlay"], formats=("PNG",)) as panel:
-                pixels = figures.shrink(np.asarray(panel), height)
-                return figures.encode(pixels, "JPEG")
+                both = pictures.halves(np.asarray(panel))
+                both = (pictures.shrink(half, height) for half in both)
+                return tuple(pictures.encode(half, "JPEG") for half in both)
         except OSError:
-            return b""  # Somebody removed it; the page shows the row without it.
+            return b"", b""  # Somebody removed it; the page shows the row without it.
 
-    shown = page.least_certain([abs(float(r["probability"]) - 0.5) for r in rows])
+    shown = page.least_certain([abs(float(r["calibrated"]) - 0.5) for r in rows])
     with ThreadPoolExecutor() as pool:
         found = pool.map(picture, [rows[i] for i in shown])
-        pictures = dict(zip(shown.tolist(), found, strict=True))
-    return [
-        page.Row(
+        drawn = dict(zip(shown.tolist(), found, strict=True))
+
+    def one(i: int, row: dict) -> page.Row:
+        plain, mapped = drawn.get(i, (b"", b""))
+        raw = np.array([float(row[f"p_{name}"]) for name in names])
+        held = row["prediction_set"]
+        return page.Row(
             name=row["file"],
-            probability=float(row["probability"]),
+            probability=float(row["calibrated"]),
+            probs=tuple(decisions.calibrated(answer.rule, raw[None])[0]),
             before=row["label_before"],
             after=row["label"],
             opposing=int(row["opposing_votes"]) if row["opposing_votes"] else None,
             cast=int(row["votes_cast"]) if row["votes_cast"] else None,
+            decision=row["decision"],
+            candidates=list(filter(None, held[1:-1].split(SEPARATOR)))
+            if held
+            else None,
             flags=tuple(filter(None, row["flags"].split("; "))),
             patient=row["patient"],
-            picture=pictures.get(i, b""),
+            plain=plain,
+            mapped=mapped,
             link=row["overlay"],
-            answers=answers_by_site(row, positive),
+            answers=answers_by_site(row, names[positive]),
         )
-        for i, row in enumerate(rows)
-    ]
+
+    return [one(i, row) for i, row in enumerate(rows)]
 
 
 class Patient(NamedTuple):
@@ -245,13 +300,17 @@ def finish(
     out: Path,
     rows: Sequence[dict],
     errors: Sequence[tuple[str, str]],
-    class_names: Sequence[str],
-    positive: int,
+    answer: Answer | None,
     about: dict,
     counts: dict[str, int],
 ) -> None:
-    """Writes report.html and, if any patient is known, patients.csv."""
-    patients = by_patient(rows, class_names, positive)
+    """Writes report.html and, if any patient is known, patients.csv.
+
+    `answer` is None where the run could not be loaded.
+    """
+    names = answer.model.class_names if answer else []
+    positive = answer.model.positive if answer else 0
+    patients = by_patient(rows, names, positive)
     if patients:
         text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
         with (out / "patients.csv").open("w", **text) as file:
@@ -259,12 +318,14 @@ def finish(
             writer.writerow(Patient._fields)
             writer.writerows(map(tables.guarded, map(str, one)) for one in patients)
     html = prediction_report(
-        report_rows(rows, out, class_names[positive] if class_names else ""),
+        report_rows(rows, out, answer),
         errors,
-        class_names=class_names,
+        class_names=names,
         positive=positive,
         patients=patients,
         about=about,
         counts=counts,
+        results=answer.model.results if answer else None,
+        legend=answer.legend() if answer else "",
     )
     disk.write(out / "report.html", html)

@@ -5,8 +5,8 @@ from html import escape
 import numpy as np
 
 from cxai_jax.data.records import Records
-from cxai_jax.report import figures, page
-from cxai_jax.report.pages import SCORES, run_parts, with_interval
+from cxai_jax.report import figures, page, scores
+from cxai_jax.report.training_page import run_parts
 
 
 def external_report(
@@ -45,9 +45,13 @@ def _score_table(results: dict, there: str, here: str) -> str:
     new = results["metrics"]["all"]
 
     def cell(values, key):
-        return with_interval(values, key).replace("-", "\u2011") if values else ""
+        return (
+            scores.with_interval(values, key).replace("-", "\u2011") if values else ""
+        )
 
-    rows = [(name, cell(own, key), cell(new, key)) for key, name in SCORES.items()]
+    rows = [
+        (name, cell(own, key), cell(new, key)) for key, name in scores.SCORES.items()
+    ]
     images = ("Images", str(own["number"]) if own else "", str(new["number"]))
     note = "Percent, with the 95 % bootstrap interval in brackets"
     return page.table(("", there, here), [images, *rows], caption=note)
@@ -59,22 +63,19 @@ def _threshold_table(results: dict, there: str, here: str) -> str:
         return "<p>The run held out no validation images: no fixed thresholds.</p>"
 
     def both(point):
-        return " / ".join(
-            page.percent(point[k]) for k in ("sensitivity", "specificity")
-        )
+        if not scores.defined(point["threshold"]):
+            return scores.UNATTAINABLE
+        shares = (point[key] for key in ("sensitivity", "specificity"))
+        return " / ".join(map(scores.percent, shares))
 
     rows = [
-        (
-            f"{page.percent(a['specificity_wanted'])}: {a['threshold']:.3f}",
-            both(a),
-            both(b),
-        )
+        (scores.operating_point(a), both(a), both(b))
         for a, b in zip(own["operating_points"], new["operating_points"], strict=True)
     ]
     error = "Calibration error after temperature"
-    rows.append((error, *(page.percent(c["ece_after"]) for c in (own, new))))
+    rows.append((error, *(scores.percent(c["ece_after"]) for c in (own, new))))
     note = "Sensitivity / specificity at the fixed thresholds"
-    head = ("Specificity wanted: threshold", there, here)
+    head = ("Wanted: threshold", there, here)
     return page.table(head, rows, caption=note)
 
 
@@ -87,5 +88,5 @@ def _roc(results: dict, predictions: dict, own: dict | None, there, here) -> str
 
     curves = ({there: curve(own)} if own else {}) | {here: curve(predictions)}
     caption = f"ROC of {names[positive]}"
-    chart = page.chart(figures.roc(curves), caption)
+    chart = page.chart(figures.to_svg(figures.roc(curves), caption), caption)
     return f'<div class="charts wide">{chart}</div>'

@@ -1,4 +1,4 @@
-"""Pictures of results: charts as matplotlib figures, overlays as pixel arrays.
+"""Charts of results as Matplotlib figures; pictures of images are in pictures.py.
 
 The charts are drawn without a background and with one ink, so that `to_svg` can hand
 the ink to the page (`currentColor`) and a chart follows its light or dark theme.
@@ -12,9 +12,6 @@ from html import escape
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
-
-from cxai_jax.maps.grid import interpolation_matrix
 
 INK = "#010203"  # Near black on paper, the page's own text colour in an SVG.
 COLOURS = ("#3b82c4", "#e07a2f", "#2f9e77", "#b0569b", "#8a8f2f", "#7b6bd6")
@@ -142,7 +139,9 @@ def training_loss(log: Sequence[dict]) -> Figure:
     terms = dict.fromkeys(name for row in rows for name in row)
     with chart() as (figure, axes):
         for name in ("loss", *(t for t in terms if t in LOSS_TERMS)):
-            axes.plot(steps, [row.get(name, np.nan) for row in rows], label=name)
+            axes.plot(
+                steps, np.array([row.get(name) for row in rows], float), label=name
+            )
         axes.set(xlabel="step", ylabel="training loss")
         figure.legend(loc="outside upper center", ncols=2)  # Off the lines.
     return figure
@@ -189,81 +188,3 @@ def trajectories(
         if probs:
             figure.legend(loc="outside lower left", fontsize=9)
     return figure
-
-
-def overlay(gray: np.ndarray, class_map: np.ndarray) -> np.ndarray:
-    """The class map over its image: clear where it is low, warm where it is high.
-
-    Args:
-      gray: uint8 [H, W] or [H, W, 1].
-      class_map: [h, w]; interpolated as the method does, then scaled to 0..1 by its
-        own extremes. A constant map leaves the image as it is.
-
-    Returns:
-      uint8 [H, W, 3].
-    """
-    gray = gray.reshape(gray.shape[:2]).astype(np.float64)
-    rows, columns = map(interpolation_matrix, gray.shape, class_map.shape)
-    heat = rows @ class_map.astype(np.float64) @ columns.T
-    heat = (heat - heat.min()) / max(np.ptp(heat), 1e-12)
-    colour = 255 * matplotlib.colormaps["inferno"](0.15 + 0.85 * heat)[..., :3]
-    alpha = 0.65 * heat[..., None]
-    return np.round((1 - alpha) * gray[..., None] + alpha * colour).astype(np.uint8)
-
-
-def without_cells(gray: np.ndarray, cells: np.ndarray, *, patch: int) -> np.ndarray:
-    """The image with cells blacked out: gray [H, W] or [H, W, 1] -> uint8 [H, W].
-
-    Args:
-      cells: flat cell index row * grid + column, grid = W / patch.
-    """
-    gray = gray.reshape(gray.shape[:2]).copy()
-    for row, column in zip(
-        *np.divmod(np.asarray(cells), gray.shape[1] // patch), strict=True
-    ):
-        gray[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = 0
-    return gray
-
-
-def side_by_side(gray: np.ndarray, overlaid: np.ndarray) -> np.ndarray:
-    """The plain image left of its overlay, as uint8 [H, 2 W + gap, 3]."""
-    plain = np.repeat(gray.reshape(*gray.shape[:2], 1), 3, axis=2)
-    gap = np.zeros((len(plain), max(1, plain.shape[1] // 50), 3), np.uint8)
-    return np.concatenate([plain, gap, overlaid], axis=1)
-
-
-def shrink(image: np.ndarray, height: int) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3] made at most `height` pixels high, aspect kept."""
-    if len(image) <= height:
-        return image
-    width = max(1, round(image.shape[1] * height / len(image)))
-    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BOX)
-    return np.asarray(picture)
-
-
-def encode(image: np.ndarray, kind: str) -> bytes:
-    """The "PNG" or "JPEG" file of a uint8 image [H, W] or [H, W, 3]."""
-    buffer = io.BytesIO()
-    options = {"quality": 80} if kind == "JPEG" else {"compress_level": 1}
-    Image.fromarray(image).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def panel(gray: np.ndarray, maps: Sequence[np.ndarray]) -> np.ndarray:
-    """The image, and beside it each map drawn over it as positive evidence.
-
-    Args:
-      gray: uint8 [H, W] or [H, W, 1].
-      maps: signed maps [*, *].
-
-    Returns:
-      uint8 [H, (m + 1) W + gaps, 3].
-    """
-    gray = gray.reshape(gray.shape[:2])
-    gap = np.zeros((len(gray), max(1, gray.shape[1] // 50), 3), np.uint8)
-    parts = [np.repeat(gray[..., None], 3, axis=2)]
-    for drawn in maps:
-        # A single bright pixel of an input gradient would leave the rest dark.
-        drawn = np.clip(drawn.astype(np.float32), 0, np.quantile(drawn, 0.99))
-        parts += [gap, overlay(gray, drawn)]
-    return np.concatenate(parts, axis=1)

@@ -77,6 +77,7 @@ def fit(
     positive: int,
     coverages: tuple[float, ...] = (0.9, 0.95),
     specificities: tuple[float, ...] = (0.9, 0.95),
+    sensitivities: tuple[float, ...] = (0.9, 0.95),
 ) -> dict:
     """What is decided on held-out images and stays as it is from then on.
 
@@ -87,22 +88,40 @@ def fit(
 
     Returns:
       JSON values: temperature, number of held-out images, a threshold on the positive
-      class for each wanted specificity and a conformal quantile for each coverage.
+      class for each wanted specificity and sensitivity, None where no threshold below
+      1 attains it, and a conformal quantile for each coverage.
     """
     temperature = fit_temperature(logits, labels)
     probs = softmax(logits / temperature)
 
-    def threshold(wanted):
-        return sensitivity_at_specificity(
-            labels == positive, probs[:, positive], specificity=wanted
-        )[1]
+    is_positive, scores = labels == positive, probs[:, positive]
+    both = is_positive.any() and not is_positive.all()
+
+    def at_specificity(wanted):
+        if not both:
+            return None
+        _, threshold = sensitivity_at_specificity(
+            is_positive, scores, specificity=wanted
+        )
+        return threshold if np.isfinite(threshold) else None
+
+    def at_sensitivity(wanted):
+        """The highest threshold that still finds the wanted share of positives."""
+        if not both:
+            return None
+        own = np.sort(scores[is_positive])
+        return float(own[int(np.floor(len(own) * (1 - wanted) + 1e-9))])
 
     return {
         "temperature": temperature,
         "held_out": len(labels),
         "operating_points": [
-            {"specificity_wanted": wanted, "threshold": threshold(wanted)}
+            {"specificity_wanted": wanted, "threshold": at_specificity(wanted)}
             for wanted in specificities
+        ]
+        + [
+            {"sensitivity_wanted": wanted, "threshold": at_sensitivity(wanted)}
+            for wanted in sensitivities
         ],
         "conformal": [
             {
@@ -132,6 +151,9 @@ def measure(
     diseased = labels == positive
     points = []
     for point in fitted["operating_points"]:
+        if point["threshold"] is None:
+            points.append(point | {"specificity": None, "sensitivity": None})
+            continue
         called = probs[:, positive] >= point["threshold"]
         rates = {
             "specificity": _share(~called[~diseased]),
@@ -145,6 +167,7 @@ def measure(
             "coverage": _share(chosen[np.arange(len(chosen)), labels]),
             "mean_set_size": float(chosen.sum(1).mean()),
             "single_class_share": _share(chosen.sum(1) == 1),
+            "empty_share": _share(chosen.sum(1) == 0),
         }
         sets.append(row | found)
     return {
@@ -157,5 +180,5 @@ def measure(
     }
 
 
-def _share(hits: np.ndarray) -> float:
-    return float(hits.mean()) if len(hits) else float("nan")
+def _share(hits: np.ndarray) -> float | None:
+    return float(hits.mean()) if len(hits) else None

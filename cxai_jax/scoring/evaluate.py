@@ -61,7 +61,7 @@ class Evaluator:
         Returns:
           names, patients str [N]; labels, sites int32 [N]; logits float32 [N, K];
           probs float32 [N, k+1, K], variant 0 the image itself; class_maps float32
-          [N, h, w, K].
+          [N, h, w, K]; pooled float32 [N, D], the features that the head saw.
         """
         config = self._config
         fit = pipeline.fit_for_scoring(config)
@@ -86,8 +86,9 @@ class Evaluator:
 
 
 def save_predictions(path: Path, predictions: dict) -> None:
-    """Writes the predictions file (npz)."""
-    disk.write_arrays(path, predictions)
+    """Writes the predictions file (npz), without the pooled features."""
+    kept = {name: value for name, value in predictions.items() if name != "pooled"}
+    disk.write_arrays(path, kept)
 
 
 def load_predictions(path: Path) -> dict:
@@ -148,6 +149,8 @@ def score(predictions: dict, dataset: Dataset, config) -> dict:
     everything = np.arange(len(labels))
     original = probs[:, 0]
     result = {"all": scored(everything, original)}
+    if probs.shape[2] > 2:
+        result["per_class"] = per_class(labels, original, dataset.class_names)
     places = {
         name: np.flatnonzero(sites == site)
         for site, name in enumerate(dataset.site_names)
@@ -168,6 +171,22 @@ def score(predictions: dict, dataset: Dataset, config) -> dict:
     if probs.shape[1] > 1:
         result |= voted(predictions, config, scored, everything, places)
     return result
+
+
+def per_class(labels: np.ndarray, probs: np.ndarray, class_names) -> dict[str, dict]:
+    """Name -> images of each class, and what `all` does not say of every class."""
+    rates = metrics.class_rates(
+        metrics.confusion(labels, probs.argmax(1), len(class_names))
+    )
+    return {
+        name: {
+            "number": int((labels == c).sum()),
+            "specificity": float(rates["specificity"][c]),
+            "f1": float(rates["f1"][c]),
+            "auc": metrics.auc(labels == c, probs[:, c]),
+        }
+        for c, name in enumerate(class_names)
+    }
 
 
 def voted(predictions: dict, config, scored, everything, places: dict) -> dict:

@@ -16,7 +16,7 @@ from cxai_jax import disk
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.data.records import Dataset, Records
-from cxai_jax.report import figures
+from cxai_jax.report import pictures
 from cxai_jax.training import preview
 from cxai_jax.training.compile import compile_run
 from cxai_jax.training.results import versions
@@ -52,7 +52,7 @@ def check(config, workdir: Path) -> str:
     lines += describe_data(run.dataset)
     workdir.mkdir(parents=True, exist_ok=True)
     picture = workdir / "check.png"
-    disk.write(picture, figures.encode(montage(config, run.dataset, fit), "PNG"))
+    disk.write(picture, pictures.encode(montage(config, run.dataset, fit), "PNG"))
     lines.append(
         f"pictures   {picture}: rows of each class, then as the step sees them"
     )

@@ -13,7 +13,7 @@ from cxai_jax.data import pipeline
 from cxai_jax.data.augment import augment
 from cxai_jax.data.records import Records
 from cxai_jax.objectives.mixing import MIXES
-from cxai_jax.report import figures
+from cxai_jax.report import pictures
 
 COLUMNS = 8
 SIDE = 112  # Pixels of each tile at most.
@@ -70,10 +70,12 @@ def class_map_sheet(predictions: dict, records: Records) -> np.ndarray:
       records: the scored split.
     """
     rows = np.linspace(0, len(records) - 1, COLUMNS).astype(int)
-    gray = [figures.shrink(records.images[int(row)][..., 0], SIDE) for row in rows]
+    gray = [pictures.shrink(records.images[int(row)][..., 0], SIDE) for row in rows]
     labels = predictions["probs"][rows, 0].argmax(1)
-    maps = predictions["class_maps"][rows, :, :, labels]
-    return sheet([*gray, *map(figures.overlay, gray, maps)])
+    maps = pictures.evidence(predictions["class_maps"][rows], labels)
+    scale = pictures.common_scale(maps)
+    overlaid = [pictures.overlay(*pair, scale) for pair in zip(gray, maps, strict=True)]
+    return sheet([*gray, *overlaid])
 
 
 def sheet(images: Sequence[np.ndarray]) -> np.ndarray:
@@ -86,7 +88,7 @@ def sheet(images: Sequence[np.ndarray]) -> np.ndarray:
     for image in images:
         image = image.reshape(*image.shape[:2], -1)
         image = np.broadcast_to(image, (*image.shape[:2], 3))
-        tiles.append(figures.shrink(image, SIDE))
+        tiles.append(pictures.shrink(image, SIDE))
     height, width = (max(tile.shape[axis] for tile in tiles) + 2 for axis in (0, 1))
     page = np.zeros((-(-len(tiles) // COLUMNS) * height, COLUMNS * width, 3), np.uint8)
     for place, tile in enumerate(tiles):

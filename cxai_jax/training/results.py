@@ -14,7 +14,8 @@ from cxai_jax.data import novelty
 from cxai_jax.data.identity import identity
 from cxai_jax.data.records import Dataset, Records
 from cxai_jax.methods.method import Method
-from cxai_jax.report.pages import run_report
+from cxai_jax.report import pictures
+from cxai_jax.report.training_page import run_report
 from cxai_jax.scoring import calibration, evaluate, explanations
 from cxai_jax.training import selection
 from cxai_jax.training.run import Run, fit_records
@@ -43,13 +44,20 @@ def conclude(run: Run, method: Method, state, *, steps: int, compiled: dict) -> 
     variables, selected = select(run, method, state)
     predictions = run.evaluator.predict(variables, run.test, stoppable=True)
     found = explain_some(run, variables)
-    results = collect(run, variables, predictions) | {
+    validation = None
+    if run.validation is not None:
+        validation = run.evaluator.predict(
+            variables, run.validation, votes=False, stoppable=True
+        )
+    features = described_features(run, variables, validation)
+    results = collect(run, validation, predictions) | {
         "explanations": summary_of(run, found),
         "selected": selected,
         "steps": steps,
         "time": {**compiled, "total_s": time.monotonic() - run.started},
     }
     if jax.process_index() == 0:
+        novelty.save_features(run.out, features)
         write(run, results, predictions, found)
     run.checkpoints.close()
     return results
@@ -84,14 +92,20 @@ def stopping_of(run: Run) -> dict:
     }
 
 
-def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
+def described_features(run: Run, variables: PyTree, validation: dict | None) -> dict:
+    """What tells `predict` a foreign image, from training and validation images."""
+    fit = fit_records(run.sources, run.config.data.fit)
+    some = fit.subset(explanations.evenly(len(fit), novelty.KEPT))
+    seen = run.evaluator.predict(variables, some, votes=False, stoppable=True)
+    held_out = None if validation is None else validation["pooled"]
+    return novelty.describe_features(seen["pooled"], held_out)
+
+
+def collect(run: Run, validation: dict | None, predictions: dict) -> dict:
     """Scores, calibration, and what the numbers are of."""
     config, dataset, split = run.config, run.tested, run.config.data.test
     calibrated = {}
-    if run.validation is not None:
-        validation = run.evaluator.predict(
-            variables, run.validation, votes=False, stoppable=True
-        )
+    if validation is not None:
         positive = dataset.positive
         fitted = calibration.fit(
             validation["logits"], validation["labels"], positive=positive
@@ -105,6 +119,8 @@ def collect(run: Run, variables: PyTree, predictions: dict) -> dict:
         "calibration": calibrated,  # {} where no validation split was held out.
         OPTIMISTIC: max(optimistic, default=None),
         "curve": run.curve,
+        "maps": {"scale": pictures.scale_of(predictions)},
+        "finished": time.strftime("%Y-%m-%d"),
         "data": describe(run.dataset),
         "tested": describe(dataset),
         "pretrained": run.network.pretrained,

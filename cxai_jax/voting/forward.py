@@ -63,7 +63,8 @@ def make_first_look(model: nn.Module, scale: Scale, tta_config) -> Callable:
 
     Images are uint8 [B, H, W, C] at the network's size, site is int32 [B] for a network
     with parts of each site. Returns a dict: logits and
-    probs float32 [B, K], class_maps float32 [B, h, w, K]; with tta_config.k > 0 also
+    probs float32 [B, K], class_maps float32 [B, h, w, K], pooled float32 [B, D], the
+    mean of the features; with tta_config.k > 0 also
     what the votes need, the normalised images and cells int32 [B, k], and where the
     first layers are reused their map, prefix.
     """
@@ -81,6 +82,7 @@ def make_first_look(model: nn.Module, scale: Scale, tta_config) -> Callable:
             "logits": logits,
             "probs": jax.nn.softmax(logits),
             "class_maps": out.class_maps,
+            "pooled": out.features.astype(jnp.float32).mean((1, 2)),
         }
         if tta_config.k:
             cells = rules.rank_cells(
@@ -146,7 +148,7 @@ def make_next_votes(model: nn.Module, crops: Crops) -> Callable:
 
 
 def make_predict_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
-    """Builds `predict(variables, images, site) -> {logits, probs, class_maps}`.
+    """Builds `predict(variables, images, site) -> {logits, probs, class_maps, pooled}`.
 
     One graph. As `make_first_look`, but probs are p_0 .. p_k of the test-time masks,
     float32 [B, k+1, K]: [B, 1, K] where tta_config.k is 0. Every mask is run, so that
@@ -171,11 +173,8 @@ def make_predict_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
                 chunk=tta_config.chunk,
                 reuse=reuse,
             )
-        return {
-            "logits": seen["logits"],
-            "probs": probs,
-            "class_maps": seen["class_maps"],
-        }
+        kept = {name: seen[name] for name in ("logits", "class_maps", "pooled")}
+        return kept | {"probs": probs}
 
     return predict
 

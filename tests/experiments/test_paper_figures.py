@@ -122,6 +122,7 @@ def test_the_early_exit_of_a_run_is_compared_with_its_full_pass(run, capsys):
         after=predictions["probs"][:, 0].argmax(1),
         opposing=None,
         cast=np.full(len(other), 3),
+        pooled=None,
         saved=0,
     )
     settings = SimpleNamespace(theta=0.0, k=3)  # Nothing flips.

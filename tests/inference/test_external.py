@@ -18,7 +18,7 @@ from cxai_jax.config import read_config
 from cxai_jax.data import folder, store
 from cxai_jax.inference.external import parse, score_external
 from cxai_jax.inference.predictor import load
-from cxai_jax.report.pages import summary
+from cxai_jax.report.terminal import summary
 from cxai_jax.scoring import calibration
 from cxai_jax.writer import write_json
 

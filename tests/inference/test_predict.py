@@ -15,12 +15,22 @@ from PIL import Image
 from untrained_run import make_run
 
 from cxai_jax import predict
-from cxai_jax.data import folder, inputs, novelty, pipeline, reading, store, transforms
+from cxai_jax.data import (
+    folder,
+    inputs,
+    novelty,
+    pipeline,
+    privacy,
+    reading,
+    store,
+    transforms,
+)
 from cxai_jax.data.augment import PER_IMAGE, normalise
-from cxai_jax.inference import predictor
-from cxai_jax.maps import cam
+from cxai_jax.inference import predictor, shown_maps
+from cxai_jax.maps import cam, saliency
 from cxai_jax.mesh import make_mesh
 from cxai_jax.models import tiny
+from cxai_jax.report import pictures
 from cxai_jax.scoring.evaluate import Evaluator
 from cxai_jax.training.run import build_network
 from cxai_jax.voting import rules
@@ -118,7 +128,9 @@ def test_everything_is_written(whole, scans):
         assert row["label"] in ("COVID-19", "non-COVID-19")
         assert int(row["opposing_votes"]) <= int(row["votes_cast"]) <= 3
         with Image.open(whole / row["overlay"]) as overlay:
-            assert overlay.height <= 50 and overlay.width > 2 * overlay.height
+            image, mapped = pictures.halves(np.asarray(overlay))
+            assert image.shape == mapped.shape and len(image) <= 50
+            assert (image[..., 0] == image[..., 2]).all()
     assert "seen in training" in rows[0]["flags"]
     assert not any("seen in training" in row["flags"] for row in rows[1:])
     page = (whole / "report.html").read_text()
@@ -304,7 +316,8 @@ def test_bad_files_are_named_and_the_others_predicted(run, scans, tmp_path, caps
     (folder / "volume.nii.gz").write_bytes(b"\x1f\x8b")
     (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")  # An index, no image.
     (folder / "patients.csv").write_text("file,patient\ngood.png,ann\n")
-    code = command(run, out, "--votes=0", f"--images={folder}", tmp_path / "*.gone")
+    paths = [f"--images={folder}", tmp_path / "*.gone"]
+    code = command(run, out, "--votes=0", "--keep_ids", *paths)
     assert code == 1
     rows = table(out)
     errors = {row["file"].rpartition("/")[2]: row["error"] for row in rows[1:]}
@@ -581,6 +594,95 @@ def test_dicom_frames_become_slices_with_lut_and_window(dicom):
     assert wide[1].patient == "bob"
     own = dicom(pixels[:1], WindowCenter=-800, WindowWidth=400)
     np.testing.assert_array_equal(inputs.open_slices(own)[0].gray.ravel(), [0, 255])
+
+
+def test_nothing_that_names_a_person_leaves_a_dicom_file(run, dicom, tmp_path):
+    secrets = {
+        "PatientName": "Doe^Jane",
+        "PatientID": "MRN-4711-0815",
+        "PatientBirthDate": "19610407",
+        "AccessionNumber": "ACC9876543",
+        "OtherPatientIDs": "OLD-ID-77",
+        "ReferringPhysicianName": "Smith^John",
+        "InstitutionName": "Saint Elsewhere",
+        "PatientAddress": "Elm Street 12",
+        "StudyDate": "20200229",
+        "StudyID": "STUDY-31337",
+        "Modality": "MR",
+        "BodyPartExamined": "KNEE",
+    }
+    pixels = np.random.default_rng(0).integers(0, 900, (1, 40, 40))
+    path = dicom(pixels, **secrets)
+    out = tmp_path / "out"
+    assert command(run, out, "--votes=0", "--images", path) == 0
+    (row,) = table(out)
+    assert row["patient"].startswith("patient-")
+    assert "DICOM modality MR" in row["flags"] and "body part KNEE" in row["flags"]
+    held = {"Modality", "BodyPartExamined"}  # What the flags are about.
+    told = [value for name, value in secrets.items() if name not in held]
+    told += ["Jane", "Doe", "Smith"]
+    written = [file for file in out.rglob("*") if file.is_file()]
+    assert len(written) >= 5
+    for file in written:
+        for secret in told:
+            assert secret.encode() not in file.read_bytes(), (file.name, secret)
+    assert command(run, tmp_path / "kept", "--votes=0", "--keep_ids", path) == 0
+    assert table(tmp_path / "kept")[0]["patient"] == "MRN-4711-0815"
+
+
+def test_pseudonyms_tell_patients_apart_and_data_sets_too():
+    assert privacy.pseudonym("", "a") == ""
+    names = {privacy.pseudonym(p, salt) for p in ("1", "2") for salt in ("a", "b")}
+    assert len(names) == 4 and privacy.pseudonym("1", "a") in names
+
+
+@pytest.mark.parametrize("kind", ["gradcam", "hirescam", "gradient", "occlusion"])
+def test_every_map_is_drawn_in_one_unit(run, kind):
+    model = predictor.load(run[0])
+    model.config.tta.k = 0
+    images = np.random.default_rng(3).integers(0, 255, (3, 32, 32, 1), np.uint8)
+    look = predictor.Predictor(model, make_mesh())
+    found = look(images)
+    maps = shown_maps.make_maps(model, kind, look.batch_size)(images, found, {})
+    assert maps.shape[0] == 3 and np.isfinite(maps).all()
+    x = normalise(images, model.scale.mean, model.scale.std)
+    stages = saliency.stages(model.model, model.variables, "eval")
+    labels = found.before.astype(np.int32)
+    if kind == "gradient":
+        assert (maps >= 0).all()
+        means = maps.mean((1, 2)) * shown_maps.MULTIPLE
+        np.testing.assert_allclose(means, model.map_scale, rtol=1e-4)
+    elif kind == "occlusion":
+        fill = sum(model.scale.mean) / 3
+        cell = 32 // maps.shape[1]
+        covered = images.astype(np.float32)
+        covered[:, :cell, :cell] = fill
+        target = [
+            saliency.explained(
+                stages.logits(normalise(one, model.scale.mean, model.scale.std)), labels
+            )
+            for one in (images, covered)
+        ]
+        drop = (target[0] - target[1]) * maps[0].size
+        np.testing.assert_allclose(maps[:, 0, 0], drop, rtol=1e-3, atol=1e-2)
+    else:
+        form = shown_maps.FORMS[kind]
+        signed = saliency.gradcam_lower(
+            stages.upper_head, stages.lower(x, None), labels, form=form
+        )
+        np.testing.assert_allclose(maps, signed * signed[0].size, rtol=1e-3, atol=1e-2)
+
+
+def test_a_map_or_point_that_cannot_be_had_is_one_line(run, scans, tmp_path, capsys):
+    for option, said in (
+        ("--map=lime", "--map=lime is unknown; known: cam, gradcam"),
+        ("--operating_point=spec90", "the run held out no validation images"),
+        ("--operating_point=often", "a threshold between 0 and 1"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            command(run, tmp_path / "out", option, "--images", scans)
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_enhanced_dicom_keeps_lut_and_window_in_its_functional_groups(dicom):

@@ -64,41 +64,9 @@ def test_trajectories_follow_the_first_label():
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [0.7, 0.4])
 
 
-def test_overlay_is_warm_where_the_map_is_high():
-    gray = np.full((20, 40, 1), 100, np.uint8)
-    class_map = np.array([[0.0, 0.0], [0.0, 5.0]])
-    shown = figures.overlay(gray, class_map)
-    assert shown.shape == (20, 40, 3) and shown.dtype == np.uint8
-    np.testing.assert_array_equal(shown[0, 0], 100)
-    change = np.abs(shown.astype(int) - 100).sum(2)
-    assert np.unravel_index(change.argmax(), change.shape) >= (15, 30)
-    assert shown[-1, -1, 0] > shown[-1, -1, 2]  # Red above blue.
-    np.testing.assert_array_equal(shown, figures.overlay(gray, 3 * class_map - 7))
-
-
-def test_overlay_of_a_constant_map_is_the_image():
-    gray = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    shown = figures.overlay(gray, np.full((2, 2), 3.0))
-    np.testing.assert_array_equal(shown, np.repeat(gray[..., None], 3, axis=2))
-
-
-def test_without_cells_blackens_exactly_the_cells():
-    masked = figures.without_cells(np.ones((8, 8, 1), np.uint8), [1, 2], patch=4)
-    expected = np.ones((8, 8))
-    expected[:4, 4:] = 0
-    expected[4:, :4] = 0
-    np.testing.assert_array_equal(masked, expected)
-
-
 def test_svg_takes_the_page_colour_and_escapes_its_label(scored):
     figure = figures.roc({"a<b": (scored[0] == 1, scored[1][:, 1])})
     svg = figures.to_svg(figure, 'ROC of "x" & <y>')
     assert svg.startswith("<svg role=") and "<?xml" not in svg
     assert "currentColor" in svg and figures.INK not in svg
     assert "ROC of &quot;x&quot; &amp; &lt;y&gt;" in svg and "a&lt;b" in svg
-
-
-def test_shrink_keeps_small_images_and_the_aspect():
-    small = np.zeros((10, 30), np.uint8)
-    assert figures.shrink(small, 10) is small
-    assert figures.shrink(np.zeros((40, 120, 3), np.uint8), 10).shape == (10, 30, 3)

@@ -6,22 +6,24 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from html import escape
 from html.parser import HTMLParser
-from os import fdopen, pipe
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cxai_jax.data.records import Dataset, Records
-from cxai_jax.report import page, pages
+from cxai_jax.report import page, pictures, scores, terminal, training_page
+from cxai_jax.report import prediction_page as pages
 from cxai_jax.report.page import NOTICE, Row
 from cxai_jax.scoring import evaluate, explanations
 from cxai_jax.voting import rules
 
 NASTY = "<img src=x onerror=alert(1)>&\"'.png"
+
+
+DOT = pictures.encode(np.full((40, 40), 90, np.uint8), "JPEG")
 
 
 def holds(text, part):
@@ -89,8 +91,9 @@ def finished():
     results = {
         "metrics": evaluate.score(predictions, dataset, config),
         "calibration": {},
+        "maps": {"scale": pictures.scale_of(predictions)},
         "selected": {"rule": "last"},
-        "curve": [{"step": 5, "val": {"accuracy": 0.5}}],
+        "curve": [{"step": s, "val": {"accuracy": 0.5}} for s in (5, 6)],
         "data": {
             "name": "made",
             "class_names": ["healthy", "sick"],
@@ -109,7 +112,9 @@ def finished():
 
 @pytest.fixture(scope="module")
 def run_page(finished):
-    return pages.run_report(*finished, [{"step": 5, "loss": 1.0}])
+    return training_page.run_report(
+        *finished, [{"step": s, "loss": 1.0} for s in (5, 6)]
+    )
 
 
 def test_maps_lie_side_by_side_with_their_agreement(finished):
@@ -127,7 +132,7 @@ def test_maps_lie_side_by_side_with_their_agreement(finished):
         "labels": records.labels[rows],
         "probs": predictions["probs"][rows, 0],
     }
-    page = pages.run_report(
+    page = training_page.run_report(
         results | {"explanations": summary}, predictions, records, [], found
     )
     section = page[page.index("Do the explanations agree?") :]
@@ -170,11 +175,11 @@ def test_sites_are_scored_after_voting_and_labels_have_no_ranking(finished, run_
         assert {"auc", "macro_auc", "ece", "brier"}.isdisjoint(values)
         assert "auc" not in values["intervals"] and "f1" in values["intervals"]
     assert {"auc", "ece", "brier"} <= scored["all"].keys()
-    lines = pages.summary(results).splitlines()
+    lines = terminal.summary(results).splitlines()
     (line,) = [x for x in lines if x.startswith("north, after voting")]
-    assert line.count("(") == len(pages.HARD)  # No AUC.
+    assert line.count("(") == len(scores.HARD)  # No ranking.
     cells = re.findall('<th scope="row">south, after voting</th>(.*?)</tr>', run_page)
-    assert len(re.findall(r"\d \(", cells[0])) == len(pages.HARD)
+    assert len(re.findall(r"\d \(", cells[0])) == len(scores.HARD)
 
 
 def prediction_page(rows=3, errors=()):
@@ -188,7 +193,10 @@ def prediction_page(rows=3, errors=()):
             cast=4,
             flags=("seen in training",) if i == 2 else (),
             patient=f"p{i}",
-            picture=b"\xff\xd8",
+            plain=DOT,
+            mapped=DOT,
+            decision="inconclusive" if i % 2 else "healthy",
+            candidates=["healthy"] if i % 2 == 0 else [],
             link=f"overlays/{i}.png",
         )
         for i in range(rows)
@@ -199,13 +207,14 @@ def prediction_page(rows=3, errors=()):
         class_names=["healthy", "sick"],
         positive=1,
         patients=[("p0", 1, 0.25, "healthy")],
-        about={"tta": {"k": 5}},
+        about={"tta": {"k": 5}, "decision": "calibrated"},
+        legend=page.legend(2.0, "CAM", page.evidence(2.0)),
     )
 
 
 def test_summary_names_every_group_and_the_verdict(finished):
     results = finished[0]
-    text = pages.summary(results)
+    text = terminal.summary(results)
     for word in ("north", "south", "per patient", "after voting", "LEAKS: 2 of 24"):
         assert word in text
     accuracy = 100 * results["metrics"]["all"]["accuracy"]
@@ -228,7 +237,7 @@ def test_a_run_page_has_its_parts(run_page, finished):
     rows = [row for row in page.all("tr") if "data-tags" in row]
     assert len(rows) == len(finished[1]["labels"])
     wrong = (finished[1]["probs"][:, 0].argmax(1) != finished[1]["labels"]).sum()
-    assert wrong > 0 and holds(run_page, "Certain and wrong")
+    assert wrong > 0 and holds(run_page, "Wrong, the most certain first")
 
 
 @pytest.mark.parametrize("kind", ["run", "prediction"])
@@ -296,110 +305,270 @@ def test_errors_are_listed_and_a_page_without_rows_works():
     assert "<h2>Images</h2>" not in text
 
 
-class Browser:
-    """Headless Chromium, spoken to over its debugging pipe."""
-
-    def __init__(self, path, folder):
-        (theirs_in, ours_out), (ours_in, theirs_out) = pipe(), pipe()
-        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-        flags += "--disable-background-networking --disable-component-update "
-        flags += f"--disable-sync --remote-debugging-pipe --user-data-dir={folder}"
-        # Chromium reads from descriptor 3 and writes to 4.
-        command = f"exec {path} {flags} 3<&{theirs_in} 4>&{theirs_out}"
-        self.process = subprocess.Popen(
-            ["bash", "-c", command],
-            pass_fds=(theirs_in, theirs_out),
-            stderr=subprocess.DEVNULL,
-        )
-        for descriptor in (theirs_in, theirs_out):
-            fdopen(descriptor).close()
-        self.out, self.answers = fdopen(ours_out, "wb"), fdopen(ours_in, "rb")
-        self.number, self.session, self.complaints = 0, None, []
-
-    def call(self, method, **parameters):
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": parameters}
-        if self.session:
-            message["sessionId"] = self.session
-        self.out.write(json.dumps(message).encode() + b"\0")
-        self.out.flush()
-        while True:
-            text = b""
-            while not text.endswith(b"\0"):
-                byte = self.answers.read(1)
-                assert byte, "chromium ended"
-                text += byte
-            answer = json.loads(text[:-1])
-            kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-            if answer.get("method") in (*kinds, "Log.entryAdded"):
-                self.complaints.append(answer["params"])
-            if answer.get("id") == self.number:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    def open(self, address, width):
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call(
-            "Target.attachToTarget", targetId=target, flatten=True
-        )["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=844,
-            deviceScaleFactor=1,
-            mobile=width < 500,
-        )
-        self.call("Page.navigate", url=address)
-        while self.run("document.readyState + location.protocol") != "completefile:":
-            pass
-
-    def run(self, expression):
-        return self.call("Runtime.evaluate", expression=expression)["result"].get(
-            "value"
-        )
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-def test_sorting_and_filtering_in_a_browser(tmp_path, width):
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; the tests that need one are skipped where there is none."""
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if not path:
         pytest.skip("no chromium on this machine")
-    file = tmp_path / "report.html"
-    file.write_text(prediction_page(rows=40), encoding="utf-8")
-    browser = Browser(path, tmp_path / "profile")
-    try:
-        browser.open(file.as_uri(), width)
-        shown = """[...document.querySelectorAll('#images tbody tr')]
-            .filter(row => row.offsetParent)
-            .map(row => row.querySelector('[data-h^=Probability]').dataset.v).join()"""
-        button = """[...document.querySelectorAll('#images th button')]
-            .find(button => button.textContent.startsWith('Probability'))"""
-        before = browser.run(shown).split(",")
-        assert len(before) == 40 and before != sorted(before)
-        browser.run(f"{button}.click()")
-        assert browser.run(shown).split(",") == sorted(before)
-        assert browser.run(f"{button}.parentElement.ariaSort") == "ascending"
-        browser.run(f"{button}.focus()")
-        assert browser.run("document.activeElement.textContent").startswith("Prob")
-        for kind in ("keyDown", "keyUp"):
-            key = {"type": kind, "key": "Enter", "text": "\r"}
-            browser.call("Input.dispatchKeyEvent", **key)
-        assert browser.run(shown).split(",") == sorted(before)[::-1]
-        browser.run("scrollTo(0, document.body.scrollHeight)")
-        heading = "document.querySelector('#images thead').getBoundingClientRect().top"
-        assert (browser.run(heading) == 0) == (width == 1280)  # Stays in view.
-        browser.run("show.value = 'flipped'; show.dispatchEvent(new Event('change'))")
-        assert browser.run(shown) == "0.370000"
-        assert browser.run("document.getElementById('count').textContent") == (
-            "1 of 40 images"
-        )
-        wide = "document.documentElement.scrollWidth - innerWidth"
-        assert browser.run(wide) <= 0
-        # The pictures of this page are two bytes long and cannot be decoded; nothing
-        # else may be said on the console.
-        assert browser.complaints == []
-    finally:
-        browser.process.kill()
-        browser.process.wait()
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Opens a page's text at a width; nothing may have been said on its console."""
+    said, contexts = [], []
+
+    def open_page(text, width=1280, **options):
+        file = tmp_path / "report.html"
+        file.write_text(text, encoding="utf-8")
+        size = {"width": width, "height": 844}
+        contexts.append(browser.new_context(viewport=size, **options))
+        tab = contexts[-1].new_page()
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.goto(file.as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+WIDE = "document.documentElement.scrollWidth - innerWidth"
+SHOWN = """() => [...document.querySelectorAll('#images tbody tr')]
+    .filter(row => row.offsetParent)
+    .map(row => row.querySelector('[data-h^=Probability]').dataset.v)"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_sorting_and_filtering_in_a_browser(opened, width):
+    tab = opened(prediction_page(rows=40), width)
+    before = tab.evaluate(SHOWN)
+    assert len(before) == 40 and before != sorted(before)
+    button = tab.locator("#images th button", has_text="Probability")
+    button.click()
+    assert tab.evaluate(SHOWN) == sorted(before)
+    assert tab.locator("#images th[aria-sort=ascending]").count() == 1
+    button.focus()
+    tab.keyboard.press("Enter")
+    assert tab.evaluate(SHOWN) == sorted(before)[::-1]
+    tab.evaluate("scrollTo(0, document.body.scrollHeight)")
+    top = tab.evaluate(
+        "document.querySelector('#images thead').getBoundingClientRect().top"
+    )
+    assert (top == 0) == (width == 1280)  # Stays in view.
+    tab.locator("#show").select_option("flipped")
+    assert tab.evaluate(SHOWN) == ["0.370000"]
+    assert tab.locator("#count").inner_text() == "1 of 40 images"
+    tab.locator("#show").select_option("inconclusive")
+    assert len(tab.evaluate(SHOWN)) == 20
+    tab.locator("#search").fill("nowhere to be found")
+    assert tab.evaluate(SHOWN) == []
+    assert tab.evaluate(WIDE) <= 0
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_picture_is_enlarged_by_click_and_by_key(opened, width):
+    tab = opened(prediction_page(rows=3), width)
+    picture = tab.locator("#images .pair").first
+    small = picture.locator("img").first.bounding_box()["width"]
+    picture.click()
+    large = tab.locator("dialog[open] .pair img").first
+    assert large.bounding_box()["width"] > 1.5 * small or width == 390
+    assert NASTY in tab.locator("dialog p").inner_text()
+    assert tab.locator("dialog a").get_attribute("href") == "overlays/0.png"
+    tab.keyboard.press("Escape")
+    assert tab.locator("dialog[open]").count() == 0
+    picture.focus()
+    tab.keyboard.press("Enter")
+    assert tab.locator("dialog[open]").count() == 1
+    tab.get_by_role("button", name="Close").click()
+    assert tab.locator("dialog[open]").count() == 0
+
+
+def test_the_slider_fades_every_map_to_its_image(opened):
+    tab = opened(prediction_page(rows=3))
+    opacity = "() => getComputedStyle(document.querySelector('.map')).opacity"
+    assert tab.evaluate(opacity) == "1"
+    tab.locator("#legend input").fill("30")
+    assert tab.evaluate(opacity) == "0.3"
+    base = tab.locator("#images .over .base").first
+    plain = tab.locator("#images .pair > img").first
+    assert base.get_attribute("src") == plain.get_attribute("src")
+    tab.locator("#images .pair").first.click()
+    assert tab.locator("dialog input").input_value() == "30"
+    tab.locator("dialog input").fill("0")
+    assert tab.evaluate(opacity) == "0"
+    assert tab.locator("#legend input").input_value() == "0"
+
+
+def test_a_page_is_readable_without_a_script_in_the_dark_and_printed(opened):
+    text = prediction_page(rows=3)
+    bare = opened(text, java_script_enabled=False)
+    assert bare.locator("#images .map").first.is_visible()
+    assert not bare.locator("#legend input").is_visible()
+    dark = opened(text, color_scheme="dark")
+    colour = "() => getComputedStyle(document.body).backgroundColor"
+    assert dark.evaluate(colour) == "rgb(20, 23, 26)"
+    assert dark.pdf(prefer_css_page_size=True).startswith(b"%PDF")
+    dark.emulate_media(media="print")
+    assert dark.evaluate(colour) == "rgb(255, 255, 255)"
+    for control in ("#controls", "#fade"):
+        assert not dark.locator(control).is_visible()
+
+
+@pytest.mark.parametrize(
+    "name", ["<b>bold</b>", "x" * 40, "\u0627\u0644\u062a\u0647\u0627\u0628"]
+)
+def test_odd_class_names_stay_text_and_in_bounds(opened, name):
+    names = ["healthy", name, "other"]
+    made = [
+        Row(f"{i}.png", 0.2, name, name, probs=(0.3, 0.2, 0.5), decision=name)
+        for i in range(3)
+    ]
+    about = {"class_names": names, "positive": 1, "patients": [], "about": {}}
+    tab = opened(pages.prediction_report(made, [], **about), 390)
+    assert name in tab.locator("#images tbody tr").first.inner_text()
+    assert tab.locator("#images b", has_text="bold").count() <= 3  # Our own <b> only.
+    assert tab.locator("b > b").count() == 0
+    assert tab.locator(".stacked i").count() == 9
+    assert tab.evaluate(WIDE) <= 0
+
+
+def test_a_page_of_five_thousand_rows_sorts_and_filters(opened):
+    tab = opened(prediction_page(rows=page.MAX_ROWS))
+    tab.locator("#images th button", has_text="Probability").click()
+    found = tab.evaluate("() => document.querySelectorAll('#images tbody tr').length")
+    assert found == page.MAX_ROWS
+    tab.locator("#show").select_option("flipped")
+    assert tab.locator("#count").inner_text() == f"1 of {page.MAX_ROWS} images"
+
+
+def test_a_batch_of_the_wrong_images_says_so_before_anything_else(opened):
+    text = prediction_page(rows=3)  # One of three is flagged.
+    assert text.index("These may be the wrong images") < text.index(">Overview<")
+    assert holds(text, "1 of 3 are flagged")
+    tab = opened(text)
+    looks = "row => getComputedStyle(row).backgroundColor"
+    rows = tab.locator("#images tbody tr")
+    assert rows.nth(2).evaluate(looks) != rows.nth(0).evaluate(looks)
+    assert not holds(prediction_page(rows=40), "wrong images")  # One of forty.
+
+
+def test_the_card_comes_first_and_names_what_the_model_is(finished):
+    results = finished[0]
+    about = {"class_names": ["healthy", "sick"], "positive": 1, "patients": []}
+    config = results["config"]
+    config["data"]["fit"] = "test"
+    text = pages.prediction_report(
+        [], [], about={}, results=results, counts=None, **about
+    )
+    card = text[text.index('<dl class="card warn">') : text.index("</dl>")]
+    scored = results["metrics"]["all"]
+    for fact in (
+        "made, 24 images",
+        "LEAKS: 2 of 24",
+        "24 test images",
+        f"{100 * scored['accuracy']:.1f} (",
+        "Sensitivity, of sick",
+        "nothing: raw scores",
+        f"seed {config['seed']}",
+    ):
+        assert holds(card, fact), fact
+    assert text.index("</dl>") < text.index(">Overview<")
+    assert holds(text, "Only 24 test images")
+
+
+def test_three_classes_have_rows_curves_and_stacked_bars_of_their_own(finished):
+    results, predictions, records = finished
+    random = np.random.default_rng(3)
+    number, names = len(records.labels), ["healthy", "sick", "other"]
+    labels = np.arange(number, dtype=np.int32) % 3
+    logits = random.normal(size=(number, 3)) + 2 * np.eye(3)[labels]
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    three = predictions | {
+        "labels": labels,
+        "probs": probs[:, None],
+        "logits": logits,
+        "class_maps": random.normal(size=(number, 2, 2, 3)),
+    }
+    dataset = Dataset(
+        name="three",
+        splits={"test": records},
+        class_names=tuple(names),
+        site_names=("north", "south"),
+        positive=1,
+        split_scheme="patient-disjoint",
+        fingerprint="0",
+        leakage={"verdict": "clean"},
+    )
+    from configs import common
+
+    config = common.get_config()
+    config.eval.bootstrap = 20
+    scored = evaluate.score(three | {"patients": records.names}, dataset, config)
+    data = results["data"] | {"class_names": names}
+    made = results | {"metrics": scored, "data": data}
+    text = training_page.run_report(made, three, records, [])
+    assert holds(text, "ROC of each class against the rest")
+    table = text[text.index("Each class against all others") :]
+    table = table[: table.index("</table>")]
+    assert re.findall('<th scope="row">(.*?)</th>', table) == [*names, "macro mean"]
+    chosen = probs.argmax(1)
+    for c, name in enumerate(names):
+        cells = re.findall("<td[^>]*>(.*?)</td>", table.split(f">{name}</th>")[1])
+        precision = (labels[chosen == c] == c).mean()
+        recall = (chosen[labels == c] == c).mean()
+        assert cells[0] == "8" and cells[1].startswith(f"{100 * precision:.1f} (")
+        assert cells[2].startswith(f"{100 * recall:.1f} (")
+    assert text.count('class="bar stacked"') == number
+    assert holds(text, 'class="key"')
+    printed = terminal.summary(made)
+    assert "positive class: sick" in printed
+    assert all(re.search(rf"^{name} +8 ", printed, re.M) for name in names)
+
+
+def test_few_images_and_unattainable_points_are_said_not_computed(finished):
+    results, predictions, records = finished
+    fitted = {
+        "temperature": 1.0,
+        "held_out": 12,
+        "ece_before": 0.1,
+        "ece_after": 0.1,
+        "operating_points": [
+            {
+                "specificity_wanted": 0.9,
+                "threshold": None,
+                "sensitivity": None,
+                "specificity": None,
+            }
+        ],
+        "conformal": [
+            {
+                "coverage_wanted": 0.9,
+                "quantile": 0.1,
+                "coverage": 0.82,
+                "mean_set_size": 0.82,
+                "single_class_share": 0.82,
+                "empty_share": 0.18,
+            }
+        ],
+    }
+    made = results | {"calibration": fitted}
+    text = training_page.run_report(
+        made, predictions, records, [{"step": 1, "loss": 1}]
+    )
+    assert text.count("not attainable") == 2
+    assert holds(text, "Only 12 validation images")
+    assert holds(text, "90.0 % hold the true class of 82.0 % of the test images")
+    assert holds(text, "18.0 %") and holds(text, "A prediction set holds")
+    assert not holds(text, "Learning curve: training loss")  # One point.
+    for bad in ("inf", "nan", "None"):
+        assert not re.search(rf">{bad}\b", text), bad
+    assert "Only 12 validation images" in terminal.summary(made)

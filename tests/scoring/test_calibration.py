@@ -70,10 +70,10 @@ def test_measure_reports_test_values_of_held_out_thresholds():
     assert result["temperature"] == pytest.approx(2.5, rel=0.1)
     assert result["ece_after"] < 0.03 < result["ece_before"]
     for point in result["operating_points"]:
-        assert point["specificity"] == pytest.approx(
-            point["specificity_wanted"], abs=0.03
-        )
-        assert 0 < point["sensitivity"] < 1
+        (wanted,) = (key for key in point if key.endswith("_wanted"))
+        found = point[wanted.removesuffix("_wanted")]
+        assert found == pytest.approx(point[wanted], abs=0.03)
+        assert 0 < point["sensitivity"] < 1 and 0 < point["specificity"] < 1
     for row in result["conformal"]:
         assert row["coverage"] == pytest.approx(row["coverage_wanted"], abs=0.03)
     again = calibration.measure(result, *drawn(50, 1.0, seed=5), positive=1)
@@ -85,3 +85,23 @@ def test_measure_reports_test_values_of_held_out_thresholds():
     assert [row["quantile"] for row in again["conformal"]] == [
         row["quantile"] for row in fitted["conformal"]
     ]
+
+
+def test_what_cannot_be_attained_is_null_and_not_infinity():
+    logits = np.array([[0.0, 5.0], [0.0, 5.0], [0.0, 1.0], [0.0, 1.0]])
+    labels = np.array([0, 0, 1, 1])  # Every healthy image above every sick one.
+    fitted = calibration.fit(logits, labels, positive=1)
+    points = fitted["operating_points"]
+    assert [p["threshold"] is None for p in points] == [True, True, False, False]
+    found = calibration.measure(fitted, logits, labels, positive=1)
+    assert found["operating_points"][0] == {
+        "specificity_wanted": 0.9,
+        "threshold": None,
+        "specificity": None,
+        "sensitivity": None,
+    }
+    one_class = calibration.fit(logits[:2], labels[:2], positive=1)
+    assert all(p["threshold"] is None for p in one_class["operating_points"])
+    sets = found["conformal"][0]
+    rest = 1 - sets["single_class_share"] - sets["empty_share"]
+    assert sets["mean_set_size"] == pytest.approx(sets["single_class_share"] + 2 * rest)

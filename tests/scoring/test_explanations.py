@@ -15,7 +15,7 @@ from cxai_jax.data.augment import PER_IMAGE, Scale
 from cxai_jax.data.records import Records
 from cxai_jax.maps.grid import interpolation_matrix
 from cxai_jax.models import tiny
-from cxai_jax.report import figures
+from cxai_jax.report import pictures
 from cxai_jax.scoring import explanations
 
 SIZE, GRID, NUMBER = 32, 4, 6
@@ -229,8 +229,12 @@ def test_saved_maps_keep_their_pattern(tmp_path, found):
     )
 
 
-def test_panel_is_one_row_of_pictures(found, gray):
+def test_maps_stand_in_one_row_of_pictures(found, gray):
     maps = [found[name][0] for name in explanations.MAPS]
-    picture = figures.panel(gray[0].astype(np.uint8), maps)
-    assert picture.dtype == np.uint8 and picture.shape == (SIZE, 4 * SIZE + 3, 3)
+    picture = pictures.row(gray[0].astype(np.uint8), maps, [1.0] * 3)
+    assert picture.dtype == np.uint8 and picture.shape == (
+        SIZE,
+        4 * SIZE + 3 * pictures.GAP,
+        3,
+    )
     np.testing.assert_array_equal(picture[:, :SIZE, 0], gray[0, ..., 0])

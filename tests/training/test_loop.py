@@ -10,6 +10,7 @@ import pytest
 from absl import logging as absl_logging
 from small import small
 
+from cxai_jax.data import novelty
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import loop
 
@@ -30,6 +31,75 @@ def rows_of(workdir):
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     return workdir, loop.train(config_of(), workdir)
+
+
+NUMBER, MAYBE = (int, float), (int, float, type(None))
+INTERVALS = {"accuracy": [MAYBE], "f1": [MAYBE]}
+SCORES = {name: MAYBE for name in ("accuracy", "precision", "recall", "specificity")}
+SCORES |= {"f1": MAYBE, "number": int, "intervals": INTERVALS}
+DATA = {"name": str, "class_names": [str], "positive": str, "site_names": [str]}
+DATA |= {"split_scheme": str, "fingerprint": str, "counts": {"test": int}}
+POINT = {"threshold": MAYBE, "sensitivity": MAYBE, "specificity": MAYBE}
+SET = {"coverage_wanted": NUMBER, "quantile": NUMBER, "coverage": MAYBE}
+SET |= {"mean_set_size": NUMBER, "single_class_share": MAYBE, "empty_share": MAYBE}
+CALIBRATION = {"temperature": NUMBER, "held_out": int, "ece_before": NUMBER}
+CALIBRATION |= {"ece_after": NUMBER, "operating_points": [POINT], "conformal": [SET]}
+SCHEMA = {  # Of results.json; a field that is not listed may come and go.
+    "metrics": {"all": SCORES | {"auc": MAYBE, "ece": NUMBER}},
+    "calibration": CALIBRATION,
+    "maps": {"scale": NUMBER},
+    "finished": str,
+    "curve": list,
+    "data": DATA | {"leakage": {"verdict": str}},
+    "tested": DATA,
+    "config": {"data": dict, "model": dict, "optim": dict, "train": dict, "seed": int},
+    "versions": {"python": str, "jax": str, "cxai-jax": str},
+    "device": {"kind": str, "count": int, "hosts": int},
+    "selected": {"rule": str},
+    "steps": int,
+    "time": {"total_s": NUMBER},
+}
+
+
+def departures(value, schema, path="results"):
+    """Where a value is not as a schema of types, lists and dicts says."""
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            yield f"{path} is {value!r}, expected an object"
+            return
+        for name, inner in schema.items():
+            if name in value:
+                yield from departures(value[name], inner, f"{path}.{name}")
+            else:
+                yield f"{path} lacks {name}"
+    elif isinstance(schema, list):
+        if not isinstance(value, list):
+            yield f"{path} is {value!r}, expected a list"
+            return
+        for place, one in enumerate(value):
+            yield from departures(one, schema[0], f"{path}[{place}]")
+    elif not isinstance(value, schema):
+        yield f"{path} is {value!r}, expected {schema}"
+
+
+def test_results_are_strict_json_of_the_known_shape(finished):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (finished[0] / "results.json").read_text()
+    found = json.loads(text, parse_constant=refuse)
+    assert list(departures(found, SCHEMA)) == []
+    found["metrics"]["all"]["number"] = "24"
+    found["calibration"]["conformal"][0].pop("quantile")
+    assert len(list(departures(found, SCHEMA))) == 2
+
+
+def test_what_tells_a_foreign_image_is_left_behind(finished):
+    known = novelty.load_features(finished[0])
+    counts = finished[1]["data"]["counts"]
+    assert known["reference"].shape[0] == counts["train"] and known["threshold"] > 0
+    lengths = np.linalg.norm(known["reference"], axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-2)
 
 
 def test_a_run_leaves_everything(finished):

@@ -1,4 +1,74 @@
 (() => {
+  const pairs = [...document.querySelectorAll(".pair")];
+  const sliders = [];
+  const fade = (value) => {
+    pairs.concat([...document.querySelectorAll("dialog .pair")]).forEach((pair) => {
+      const over = pair.querySelector(".over");
+      if (over.querySelector(".base")) return;
+      const base = pair.querySelector("img").cloneNode();
+      base.className = "base";
+      base.alt = "";
+      over.prepend(base);
+    });
+    document.documentElement.style.setProperty("--fade", value / 100);
+    sliders.forEach((slider) => { slider.value = value; });
+  };
+  const listen = (slider) => {
+    sliders.push(slider);
+    slider.addEventListener("input", () => fade(slider.value));
+  };
+  const label = document.getElementById("fade");
+  if (label) {
+    label.hidden = false;
+    listen(label.querySelector("input"));
+  }
+  if (!pairs.length) return;
+  const dialog = document.createElement("dialog");
+  const place = document.createElement("div");
+  const text = document.createElement("p");
+  const form = document.createElement("form");
+  form.method = "dialog";
+  const close = document.createElement("button");
+  close.textContent = "Close";
+  form.append(close);
+  if (label) {
+    const again = label.cloneNode(true);
+    again.removeAttribute("id");
+    form.prepend(again);
+    listen(again.querySelector("input"));
+  }
+  dialog.append(place, text, form);
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close();
+  });
+  document.body.append(dialog);
+  const enlarge = (pair) => {
+    const copy = pair.cloneNode(true);
+    copy.removeAttribute("role");
+    copy.removeAttribute("tabindex");
+    place.replaceChildren(copy);
+    text.textContent = pair.querySelector("img").alt;
+    if (pair.dataset.link) {
+      const link = document.createElement("a");
+      link.href = pair.dataset.link;
+      link.textContent = "full size";
+      text.append(" ", link);
+    }
+    dialog.showModal();
+  };
+  pairs.forEach((pair) => {
+    pair.tabIndex = 0;
+    pair.setAttribute("role", "button");
+    pair.setAttribute("aria-label", "Enlarge " + pair.querySelector("img").alt);
+    pair.addEventListener("click", () => enlarge(pair));
+    pair.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      enlarge(pair);
+    });
+  });
+})();
+(() => {
   const table = document.getElementById("images");
   if (!table) return;
   const body = table.tBodies[0], rows = [...body.rows];

@@ -1,0 +1,220 @@
+"""Pictures as pixel arrays: maps over their images, on one scale, and image files.
+
+A map is drawn as positive evidence on a scale that all maps of a page share, so that
+one without evidence looks empty. Where the image is bright a haze would hide what it
+lies on: there only its contours are drawn. The colours are those of viridis, whose
+lightness rises steadily for every kind of colour vision.
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from cxai_jax.maps.grid import interpolation_matrix
+
+# Nine equidistant colours of viridis (van der Walt & Smith 2015).
+VIRIDIS = np.array(
+    [
+        (68, 1, 84),
+        (71, 45, 123),
+        (59, 82, 139),
+        (44, 114, 142),
+        (33, 145, 140),
+        (40, 174, 128),
+        (94, 201, 98),
+        (173, 220, 48),
+        (253, 231, 37),
+    ],
+    float,
+)
+LEVELS = (0.25, 0.5, 0.75)  # Of the scale: where contours run.
+HAZE = 0.6  # Opacity of the highest value on a dark image.
+GAP = 4  # Pixels between an image and its overlay.
+STRIP = 16  # Rows of the colour bar below them.
+AIR = 20  # Grey levels at most of what surrounds a body.
+SIDE = 64  # Pixels on which the body is told from its surroundings.
+SHARE = 0.995  # Of all values lie within the common scale: no outlier sets it.
+
+
+def common_scale(maps: Sequence[np.ndarray]) -> float:
+    """The value drawn as the highest colour in all of these maps; 0 without evidence.
+
+    The 99.5 % quantile of their positive values, so that no single cell sets it.
+    """
+    values = np.concatenate([np.ravel(one) for one in maps]).astype(np.float64)
+    values = values[values > 0]
+    return float(np.quantile(values, SHARE)) if len(values) else 0.0
+
+
+def evidence(class_maps: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What every place of an image says for its label against the mean of all classes.
+
+    m_c - mean_k m_k: its mean over the cells is the label's logit above the mean logit,
+    without the bias.
+
+    Args:
+      class_maps: [N, h, w, K].
+      labels: int [N].
+
+    Returns:
+      Signed maps [N, h, w], logits.
+    """
+    chosen = np.take_along_axis(class_maps, labels.reshape(-1, 1, 1, 1), axis=3)
+    return chosen[..., 0] - class_maps.mean(3)
+
+
+def scale_of(predictions: dict) -> float:
+    """The common scale of scored images' maps, each of the predicted class."""
+    labels = predictions["probs"][:, 0].argmax(1)
+    return common_scale(evidence(predictions["class_maps"], labels))
+
+
+def colours(values: np.ndarray) -> np.ndarray:
+    """0..1 [...] -> the colour of the map, float [..., 3] in 0..255."""
+    places = np.linspace(0, 1, len(VIRIDIS))
+    channels = [np.interp(values, places, VIRIDIS[:, c]) for c in range(3)]
+    return np.stack(channels, axis=-1)
+
+
+def overlay(gray: np.ndarray, class_map: np.ndarray, scale: float) -> np.ndarray:
+    """The positive evidence of a map over its image.
+
+    Args:
+      gray: uint8 [H, W] or [H, W, 1].
+      class_map: [h, w], interpolated as the method does.
+      scale: value of the highest colour, > 0; what is above it looks the same. 0 or a
+        map without positive values leave the image as it is.
+
+    Returns:
+      uint8 [H, W, 3].
+    """
+    gray = gray.reshape(gray.shape[:2]).astype(np.float64)
+    heat = np.clip(enlarged(class_map, gray.shape) / max(scale, 1e-12), 0, 1)
+    bright = np.square(gray / 255)
+    alpha = (HAZE * np.sqrt(heat) * (heat > 0.02) * (1 - bright))[..., None]
+    drawn = (1 - alpha) * gray[..., None] + alpha * colours(heat)
+    width = max(1, round(min(gray.shape) / 200))
+    for level in LEVELS:
+        inside = heat >= level
+        line = inside & ~ndimage.binary_erosion(inside, iterations=width)
+        edge = ndimage.binary_dilation(inside, iterations=width) & ~inside
+        drawn[edge] *= 0.5  # A dark rim: the line is seen on bone as well.
+        drawn[line] = colours(np.asarray(level))
+    return np.round(drawn).astype(np.uint8)
+
+
+def enlarged(class_map: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A map [h, w] interpolated to float64 [H, W]."""
+    rows, columns = map(interpolation_matrix, shape, class_map.shape)
+    return rows @ class_map.astype(np.float64) @ columns.T
+
+
+def body(gray: np.ndarray) -> np.ndarray:
+    """Where a body is: all but the dark regions that reach a corner, bool [64, 64]."""
+    small = Image.fromarray(gray.reshape(gray.shape[:2])).resize(
+        (SIDE, SIDE), Image.Resampling.BOX
+    )
+    regions, _ = ndimage.label(np.asarray(small) <= AIR)
+    corners = regions[[0, 0, -1, -1], [0, -1, 0, -1]]
+    return ~np.isin(regions, corners[corners > 0])
+
+
+def share_outside(class_map: np.ndarray, inside: np.ndarray, scale: float) -> float:
+    """Share of a map's positive evidence that lies outside, 0..1.
+
+    0 for a map so faint that it has no contour: where nothing is lies nowhere.
+
+    Args:
+      class_map: [h, w].
+      inside: bool [H, W].
+      scale: value of the highest colour.
+    """
+    if class_map.max() < LEVELS[0] * scale:
+        return 0.0
+    drawn = enlarged(np.maximum(class_map, 0), inside.shape)
+    total = drawn.sum()
+    return float(drawn[~inside].sum() / total) if total > 0 else 0.0
+
+
+def panel(gray: np.ndarray, overlaid: np.ndarray, legend: str) -> np.ndarray:
+    """Image, overlay and below them the colour bar: uint8 [H + 16, 2 W + 4, 3].
+
+    Args:
+      gray: uint8 [H, W] or [H, W, 1].
+      overlaid: uint8 [H, W, 3].
+      legend: what the bar's right end stands for.
+    """
+    pair = side_by_side(gray, overlaid)
+    strip = Image.new("RGB", (pair.shape[1], STRIP))
+    width = min(80, pair.shape[1] // 3)
+    bar = np.broadcast_to(colours(np.linspace(0, 1, width)), (STRIP - 6, width, 3))
+    strip.paste(Image.fromarray(bar.astype(np.uint8)), (12, 3))
+    draw = ImageDraw.Draw(strip)
+    draw.text((3, 2), "0", fill="white")
+    draw.text((width + 16, 2), legend, fill="white")
+    return np.concatenate([pair, np.asarray(strip)])
+
+
+def halves(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Image and overlay of a `panel`, uint8 [H, W, 3] each."""
+    width = (picture.shape[1] - GAP) // 2
+    pair = picture[:-STRIP]
+    return pair[:, :width], pair[:, width + GAP :]
+
+
+def side_by_side(gray: np.ndarray, *overlaid: np.ndarray) -> np.ndarray:
+    """The plain image left of its overlays, as uint8 [H, W + n (W + gap), 3]."""
+    plain = np.repeat(gray.reshape(*gray.shape[:2], 1), 3, axis=2)
+    gap = np.zeros((len(plain), GAP, 3), np.uint8)
+    return np.concatenate([plain, *(p for o in overlaid for p in (gap, o))], axis=1)
+
+
+def without_cells(gray: np.ndarray, cells: np.ndarray, *, patch: int) -> np.ndarray:
+    """The image with cells blacked out: gray [H, W] or [H, W, 1] -> uint8 [H, W].
+
+    Args:
+      cells: flat cell index row * grid + column, grid = W / patch.
+    """
+    gray = gray.reshape(gray.shape[:2]).copy()
+    for row, column in zip(
+        *np.divmod(np.asarray(cells), gray.shape[1] // patch), strict=True
+    ):
+        gray[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = 0
+    return gray
+
+
+def shrink(image: np.ndarray, height: int) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3] made at most `height` pixels high, aspect kept."""
+    if len(image) <= height:
+        return image
+    width = max(1, round(image.shape[1] * height / len(image)))
+    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BOX)
+    return np.asarray(picture)
+
+
+def encode(image: np.ndarray, kind: str) -> bytes:
+    """The "PNG" or "JPEG" file of a uint8 image [H, W] or [H, W, 3]."""
+    buffer = io.BytesIO()
+    options = {"quality": 80} if kind == "JPEG" else {"compress_level": 1}
+    Image.fromarray(image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def row(
+    gray: np.ndarray, maps: Sequence[np.ndarray], scales: Sequence[float]
+) -> np.ndarray:
+    """The image, and beside it each map drawn over it on its own scale.
+
+    Args:
+      gray: uint8 [H, W] or [H, W, 1].
+      maps: signed maps [*, *].
+      scales: value of the highest colour of each.
+
+    Returns:
+      uint8 [H, (m + 1) W + gaps, 3].
+    """
+    drawn = (overlay(gray, *pair) for pair in zip(maps, scales, strict=True))
+    return side_by_side(gray, *drawn)
