@@ -146,7 +146,7 @@ def test_a_file_scores_the_same_in_a_data_set_and_alone(run, tmp_path, monkeypat
         file = tmp_path / "files" / "ab"[i % 2] / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(90, 125, shape, np.uint8)).save(file)
-    plan = folder.plan_folder(tmp_path / "files", name="scans")
+    plan = folder.plan_folder(tmp_path / "files", name="scans", positive="b")
     store.build(plan, tmp_path / "data")
     splits = store.load("scans", plan.split, tmp_path / "data").splits
     model, fed, call = predictor.load(run[0]), [], predictor.Predictor.__call__
@@ -363,7 +363,8 @@ def test_nothing_that_is_found_is_dropped(run, scans, tmp_path, capsys):
     (folder / "patients.csv").write_text(
         "file,patient\na.png,ann\nc.bmp,bob\nd.gif,cy\ngone.png,dan\n"
     )
-    assert command(run, out, "--votes=0", f"--images={folder}") == 1
+    told = ("--votes=0", "--keep_ids", f"--images={folder}")
+    assert command(run, out, *told) == 1
     rows = table(out)
     good = {r["file"].removeprefix(f"{folder}/"): r["patient"] for r in rows[:5]}
     assert good == {
