@@ -1,6 +1,12 @@
 """The model card of a bundle, written from what the run measured."""
 
-from cxai_jax.report.scores import SCORES, groups, with_interval
+from cxai_jax.report.scores import (
+    SCORES,
+    groups,
+    operating_point,
+    percent,
+    with_interval,
+)
 
 LIMITS = """\
 - Research tool, not a medical device. Not for diagnosis or treatment.
@@ -74,15 +80,14 @@ def _thresholds(about: dict) -> list[str]:
         f"Fitted on {fitted['held_out']} validation images: temperature "
         f"{fitted['temperature']:.2f}.",
         "",
-        "| specificity wanted | threshold | sensitivity | specificity |",
-        "|---|---|---|---|",
+        "| wanted: threshold | sensitivity | specificity |",
+        "|---|---|---|",
     ]
     for point in fitted["operating_points"]:
         cells = [
-            f"{100 * point['specificity_wanted']:.0f} %",
-            f"{point['threshold']:.3f}",
-            f"{100 * point['sensitivity']:.1f} %",
-            f"{100 * point['specificity']:.1f} %",
+            operating_point(point),
+            percent(point["sensitivity"]),
+            percent(point["specificity"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
