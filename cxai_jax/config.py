@@ -128,7 +128,8 @@ def load_config_file(spec: str) -> ConfigDict:
       FileNotFoundError: if there is no such file, listing what there is.
       ValueError: for an unknown word after the colon, or a field of another type.
     """
-    name, _, words = spec.partition(":")
+    # A backslash means Windows, whose drive letter has a colon of its own.
+    name, _, words = (spec, "", "") if "\\" in spec else spec.partition(":")
     path = config_path(name)
     provide_configs()
     module = importlib.util.module_from_spec(

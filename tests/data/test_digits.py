@@ -210,6 +210,7 @@ def prepared(folder):
     builder = store.ImageRecords(
         examples={"train": examples(range(4)), "test": examples(range(4, 7))},
         class_names=digits.CLASS_NAMES,
+        channels=1,
         lung_masks=False,
         data_dir=folder,
     )

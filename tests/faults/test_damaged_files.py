@@ -112,6 +112,7 @@ def test_hostile_names_are_no_formulas_and_read_back(finished, tmp_path):
         "file,patient\na.png,=cmd|' /C calc'!A0\nb.png,'@x\n"
     )
     arguments = [f"--workdir={finished[0]}", f"--out={out}", "--votes=0"]
+    arguments += ["--keep_ids"]
     assert predict.main([*arguments, f"--images={images}"]) == 0
     for name in ("predictions.csv", "patients.csv"):
         with (out / name).open(newline="", encoding="utf-8") as file:
@@ -136,6 +137,7 @@ def test_hostile_names_are_no_formulas_and_read_back(finished, tmp_path):
 def test_the_columns_of_sites_are_checked_as_well(tmp_path, label, chance, message):
     path = tmp_path / "predictions.csv"
     row = {"probability": "0.5", "label_before": "b", "label": "a", "p_a": "0.5"}
+    row |= {"calibrated": "0.5"}
     row |= {"p_b": "0.5", "label@s": label, "p_a@s": chance, "p_b@s": "0.8"}
     written = table.Table(path, ["a", "b"], [], ["s"])
     written.add([row])
@@ -165,6 +167,7 @@ def test_a_damaged_output_is_not_continued(
     images.mkdir()
     Image.new("L", (9, 9)).save(images / "a.png")
     arguments = [f"--workdir={finished[0]}", f"--out={out}", "--votes=0"]
+    arguments += ["--keep_ids"]
     assert predict.main([*arguments, f"--images={images}"]) == 0
     content = content if isinstance(content, bytes) else content.encode()
     (out / name).write_bytes(content)

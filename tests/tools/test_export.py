@@ -67,7 +67,9 @@ def test_a_file_is_for_one_site(tmp_path, capsys):
     model.config.tta.k = 0
     predict = jax.jit(make_predict_step(model.model, model.scale, model.config.tta))
     live = predict(model.variables, images[..., None], np.ones(2, np.int32))
-    for i, chances in enumerate(exported.call(images)["probability"].values()):
+    chances_of = exported.call(images)["probability"]
+    for i, name in enumerate(model.class_names):
+        chances = chances_of[name]
         np.testing.assert_allclose(chances, live["probs"][:, 0, i], atol=1e-5)
     with pytest.raises(SystemExit):
         export.main([*options, "--site=each"])

@@ -10,7 +10,7 @@ from PIL import Image
 from small import small
 
 from configs import demo
-from cxai_jax import main
+from cxai_jax import hosts, main
 from cxai_jax.data.records import Dataset, Records
 from cxai_jax.training import check, preview, results
 from cxai_jax.training import compile as compilation
@@ -157,7 +157,7 @@ def test_out_of_memory_names_the_fields_to_change():
 def joined(monkeypatch):
     calls = []
     flags.FLAGS.mark_as_parsed()
-    monkeypatch.setattr(main.hosts, "joined", lambda *a, **_: calls.append(a))
+    monkeypatch.setattr(hosts, "joined", lambda *a, **_: calls.append(a))
     return calls
 
 

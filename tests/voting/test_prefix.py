@@ -210,7 +210,9 @@ def test_the_predictor_reuses_and_stops_early_with_the_same_labels(network, outc
     config = get_config()
     config.data.image_size, config.eval.batch_size = SIZE, len(images)
     config.tta.update({"prefix_reuse": "on", "k": K, "theta": splitting(probs)})
-    given = predictor.Trained(config, ["a", "b"], [""], 1, model, scale, variables, 0)
+    given = predictor.Trained(
+        config, ["a", "b"], [""], 1, model, scale, variables, 0, {}, 1.0
+    )
     got = predictor.Predictor(given, make_mesh(1))(images)
     full = rules.votes_for(probs, theta=config.tta.theta, k=K)
     np.testing.assert_array_equal(got.after, full.labels)
@@ -273,7 +275,7 @@ def test_reused_layers_are_those_of_every_images_own_site():
     assert np.abs(others - probs["off"]).max((1, 2)).min() > 1e-3
     config.tta.update({"prefix_reuse": "on", "theta": splitting(probs["off"])})
     given = predictor.Trained(
-        config, ["a", "b"], ["A", "B"], 1, model, scale, variables, 0
+        config, ["a", "b"], ["A", "B"], 1, model, scale, variables, 0, {}, 1.0
     )
     got = predictor.Predictor(given, make_mesh(1))(images, site)
     full = rules.votes_for(probs["off"], theta=config.tta.theta, k=4)
