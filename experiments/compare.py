@@ -296,7 +296,7 @@ def keep(path: Path, job: Job, results: dict, predictions: dict) -> None:
         "seconds": round(results.get("time", {}).get("total_s", 0)),
         "curve": curve,  # Of validation.
         "loss": results.get("loss"),  # Of the first and the last logged steps.
-        "best test epoch": results[OPTIMISTIC],
+        "best test epoch": results.get(OPTIMISTIC),
     }
     kept_runs.keep(path, about, predictions)
 

@@ -32,7 +32,7 @@ class Training:
         self.log = workdir.with_name(f"{workdir.name}-{time.monotonic_ns()}.log")
         command = [sys.executable, "-u", "-m", module]
         if module == "cxai_jax.main":
-            command += ["--config=tests/faults/small.py", f"--workdir={workdir}"]
+            command += ["--config=tests/faults/short_run.py", f"--workdir={workdir}"]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)}
         environment |= FAST | options.pop("env", {})
         with self.log.open("w") as out:
@@ -80,7 +80,7 @@ class Training:
 
 def small():
     """The config of these trainings."""
-    return load_config_file(str(REPO / "tests/faults/small.py"))
+    return load_config_file(str(REPO / "tests/faults/short_run.py"))
 
 
 def template(workdir: Path):
