@@ -295,8 +295,8 @@ def keep(path: Path, job: Job, results: dict, predictions: dict) -> None:
         "steps": results["steps"],
         "seconds": round(results.get("time", {}).get("total_s", 0)),
         "curve": curve,  # Of validation.
-        "loss": results.get("loss"),  # Of the first and the last logged steps.
-        "best test epoch": results.get(OPTIMISTIC),
+        "loss": results["loss"],  # Of the first and the last logged steps.
+        "best test epoch": results[OPTIMISTIC],
     }
     kept_runs.keep(path, about, predictions)
 

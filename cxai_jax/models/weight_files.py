@@ -61,9 +61,7 @@ def read_safetensors(path: Path, most: int = MOST) -> dict[str, np.ndarray]:
     try:
         from safetensors import numpy as safetensors
     except ImportError:
-        raise ImportError(
-            f"{path} needs the package safetensors: pip install -e '.[pretrained]'"
-        ) from None
+        raise ImportError(f"{path} needs pip install safetensors") from None
     _check_size(path, path.stat().st_size, most)
     try:
         return safetensors.load_file(path)
