@@ -120,6 +120,19 @@ def random_intensity(key: Array, images: Array, strength: float) -> Array:
     return jnp.round(255 * jnp.clip(y, 0, 1)).astype(jnp.uint8)
 
 
+def options(config) -> dict:
+    """What `augment` takes from a run's config."""
+    chosen = config.augment
+    return {
+        "size": config.data.image_size,
+        "crop": chosen.crop,
+        "hflip": chosen.hflip,
+        "vflip": chosen.vflip,
+        "rotate": chosen.rotate,
+        "intensity": chosen.intensity,
+    }
+
+
 def augment(
     key: Array,
     images: Array,

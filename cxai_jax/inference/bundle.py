@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cxai_jax import disk
 from cxai_jax.config import read_config
 from cxai_jax.data import novelty
 from cxai_jax.inference import card
@@ -26,7 +27,7 @@ from cxai_jax.inference.predictor import (
     names_of,
 )
 from cxai_jax.types import PyTree
-from cxai_jax.writer import write_json
+from cxai_jax.writer import read_json, write_json
 
 WEIGHTS, ABOUT, MANIFEST = "model.safetensors", "model.json", "manifest.json"
 KNOWN = (novelty.FILE, novelty.FEATURES)  # What tells a foreign image.
@@ -66,7 +67,7 @@ def write(workdir: Path, folder: Path) -> dict[str, str]:
     trained = load(workdir)
     novelty.load(workdir)  # Raises where it is missing or of an earlier version.
     novelty.load_features(workdir)
-    results = json.loads((workdir / "results.json").read_text())
+    results = trained.results
     config = json.loads(trained.config.to_json())
     config["data"]["data_dir"] = "data"  # A place on this machine is nobody's matter.
     about = {key: results[key] for key in KEPT if key in results}
@@ -81,7 +82,7 @@ def write(workdir: Path, folder: Path) -> dict[str, str]:
     write_json(folder / ABOUT, about)
     for name in KNOWN:
         (folder / name).write_bytes((workdir / name).read_bytes())
-    (folder / "README.md").write_text(card.model_card(about), encoding="utf-8")
+    disk.write(folder / "README.md", card.model_card(about))
     manifest = {name: digest(folder / name) for name in FILES}
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -99,7 +100,7 @@ def read(folder: Path) -> Trained:
 
     check(folder)
     config = read_config(folder)
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    about = read_json(folder / ABOUT, "data", "step")
     names = names_of(about["data"], folder / ABOUT)
     network = empty_network(config, *names[:2])
     variables = unflatten_dict(load_file(folder / WEIGHTS), sep="/")

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cxai_jax import data, models
+from cxai_jax import data, disk, models
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.data import novelty
@@ -27,7 +27,7 @@ from cxai_jax.inference.predictor import Trained, load
 from cxai_jax.report import pictures
 from cxai_jax.report.external import external_report
 from cxai_jax.scoring import calibration, evaluate
-from cxai_jax.training.results import describe, versions
+from cxai_jax.training.results import describe, device, versions
 from cxai_jax.training.run import records_of
 from cxai_jax.writer import write_json
 
@@ -82,7 +82,7 @@ def score_external(config: ConfigDict, workdir: Path, on: str) -> tuple[Path, di
     started, place = time.monotonic(), parse(on)
     claim_workdir(config, workdir, write=False)
     trained = load(workdir)
-    own = json.loads((workdir / "results.json").read_text())
+    own = trained.results
     known = novelty.load(workdir)
     config = scored_config(config, place)
     dataset = open_dataset(config, trained, on)
@@ -107,11 +107,7 @@ def score_external(config: ConfigDict, workdir: Path, on: str) -> tuple[Path, di
         "time": {"total_s": time.monotonic() - started},
         "config": json.loads(config.to_json()),
         "versions": versions(),
-        "device": {
-            "kind": jax.devices()[0].device_kind,
-            "count": jax.device_count(),
-            "hosts": jax.process_count(),
-        },
+        "device": device(),
     }
     out = workdir / "eval" / place.folder
     if jax.process_index() == 0:
@@ -236,4 +232,4 @@ def write(
     before = evaluate.predictions_file(workdir, results["run"]["test"])
     own = evaluate.load_predictions(before) if before.exists() else None
     page = external_report(results, predictions, records, own)
-    (out / "report.html").write_text(page, encoding="utf-8")
+    disk.write(out / "report.html", page)

@@ -1,7 +1,5 @@
 """Any method with the moving average of its weights scored instead of the last ones."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -14,9 +12,12 @@ from cxai_jax.types import Array, PyTree
 class AveragedState:
     """The state of a method, and the average of the variables that it scores."""
 
-    step: Array  # int32 scalar
-    inner: PyTree  # The method's own state; its `step` follows the one above.
+    inner: PyTree  # The method's own state.
     average: PyTree
+
+    @property
+    def step(self) -> Array:
+        return self.inner.step
 
 
 def averaged(method: Method, decay: float) -> Method:
@@ -30,11 +31,10 @@ def averaged(method: Method, decay: float) -> Method:
     def init(key, variables):
         inner = method.init(key, variables)
         copy = jax.tree.map(jnp.array, method.scored(inner))  # Donated once each.
-        return AveragedState(jnp.zeros((), jnp.int32), inner, copy)
+        return AveragedState(inner, copy)
 
     def step(state, batches, key):
-        inner = dataclasses.replace(state.inner, step=state.step)
-        inner, metrics = method.step(inner, batches, key)
+        inner, metrics = method.step(state.inner, batches, key)
         count = inner.step.astype(jnp.float32)
         kept = jnp.minimum(decay, (1 + count) / (10 + count))
         average = jax.tree.map(
@@ -42,6 +42,6 @@ def averaged(method: Method, decay: float) -> Method:
             state.average,
             method.scored(inner),
         )
-        return AveragedState(inner.step, inner, average), metrics
+        return AveragedState(inner, average), metrics
 
     return method._replace(init=init, step=step, scored=lambda state: state.average)

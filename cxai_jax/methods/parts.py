@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from cxai_jax.data.augment import Scale, augment, normalise
+from cxai_jax.data.augment import Scale, augment, normalise, options
 from cxai_jax.methods.method import TrainState
 from cxai_jax.types import Array, Batch, Mode, Outputs, PyTree
 
@@ -24,13 +24,8 @@ def prepare(key: Array, batch: Batch, config, scale: Scale) -> Array:
         key,
         jnp.concatenate(stack, axis=-1),
         batch.sizes,
-        size=config.data.image_size,
-        crop=config.augment.crop,
-        hflip=config.augment.hflip,
-        vflip=config.augment.vflip,
-        rotate=config.augment.rotate,
-        intensity=config.augment.intensity,
         channels=channels,
+        **options(config),
     )
     masks = images[..., channels:].astype(jnp.float32) / 255
     images = normalise(images[..., :channels], scale.mean, scale.std)

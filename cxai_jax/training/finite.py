@@ -1,6 +1,5 @@
 """Steps whose loss is not finite: stop and name their images, or leave them out."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -22,7 +21,8 @@ ADVICE = (
 def skip_not_finite(step: Callable) -> Callable:
     """A step of a method that changes nothing where its outcome is not finite.
 
-    The state's `step` counts on, so that the next batch is another one. The metrics
+    The state's `step`, wherever a method keeps it, counts on, so that the next batch is
+    another one. The metrics
     have `skipped` as well: 1 in such a step, whose other metrics say nothing, else 0.
     """
 
@@ -32,8 +32,12 @@ def skip_not_finite(step: Callable) -> Callable:
         for leaf in jax.tree.leaves(new):
             if jnp.issubdtype(leaf.dtype, jnp.inexact):
                 finite &= jnp.isfinite(leaf).all()
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        kept = dataclasses.replace(kept, step=new.step)
+
+        def keep(path, after, before):
+            counts = getattr(path[-1], "name", "") == "step"
+            return after if counts else jnp.where(finite, after, before)
+
+        kept = jax.tree_util.tree_map_with_path(keep, new, state)
         return kept, metrics | {"skipped": (~finite).astype(jnp.float32)}
 
     return guarded

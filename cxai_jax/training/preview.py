@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cxai_jax.data import pipeline
-from cxai_jax.data.augment import augment
+from cxai_jax.data.augment import augment, options
 from cxai_jax.data.records import Records
 from cxai_jax.objectives.mixing import MIXES
 from cxai_jax.report import pictures
@@ -32,12 +32,7 @@ def training_sheet(config, records: Records) -> np.ndarray:
         key_augment,
         jnp.asarray(images),
         jnp.asarray(sizes),
-        size=config.data.image_size,
-        crop=config.augment.crop,
-        hflip=config.augment.hflip,
-        vflip=config.augment.vflip,
-        rotate=config.augment.rotate,
-        intensity=config.augment.intensity,
+        **options(config),
     )
     mixed = MIXES[config.mix.name](
         key_mix,

@@ -126,11 +126,16 @@ def collect(run: Run, validation: dict | None, predictions: dict) -> dict:
         "pretrained": run.network.pretrained,
         "config": json.loads(config.to_json()),
         "versions": versions(),
-        "device": {
-            "kind": jax.devices()[0].device_kind,
-            "count": jax.device_count(),
-            "hosts": jax.process_count(),
-        },
+        "device": device(),
+    }
+
+
+def device() -> dict:
+    """What a run was computed on."""
+    return {
+        "kind": jax.devices()[0].device_kind,
+        "count": jax.device_count(),
+        "hosts": jax.process_count(),
     }
 
 
@@ -143,9 +148,11 @@ def write(run: Run, results: dict, predictions: dict, found: dict) -> None:
     """Writes the files of a finished run, results.json after what it stands for."""
     split = run.config.data.test
     warn_below_chance(results["metrics"]["all"])
-    evaluate.save_predictions(evaluate.predictions_file(run.out, split), predictions)
+    kept = evaluate.predictions_file(run.out, split)
+    evaluate.save_predictions(kept, predictions)
     if found:
-        explanations.save(run.out / f"explanations_{split}.npz", found)
+        name = kept.name.replace("predictions", "explanations")
+        explanations.save(run.out / name, found)
     fit = fit_records(run.sources, run.config.data.fit)
     write_json(run.out / novelty.FILE, novelty.describe(fit))
     write_json(run.out / "results.json", results)

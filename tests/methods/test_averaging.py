@@ -31,6 +31,36 @@ def toy():
     )
 
 
+@struct.dataclass
+class Nested:
+    """A state whose step is another one's, as target_statistics has it."""
+
+    source: Toy
+
+    @property
+    def step(self):
+        return self.source.step
+
+
+def test_a_method_whose_step_lies_deeper_is_averaged_too():
+    plain = toy()
+
+    def step(state, batches, key):
+        source, metrics = plain.step(state.source, batches, key)
+        return Nested(source), metrics
+
+    method = averaged(
+        plain._replace(
+            init=lambda key, variables: Nested(plain.init(key, variables)),
+            step=step,
+            scored=lambda state: state.source.values,
+        ),
+        DECAY,
+    )
+    state, _ = method.step(method.init(None, jnp.arange(3.0)), {}, None)
+    assert int(state.step) == 1 and method.scored(state).shape == (3,)
+
+
 def test_the_average_follows_its_recursion_and_leaves_the_method_alone():
     plain, method = toy(), averaged(toy(), DECAY)
     start = jnp.arange(3.0)

@@ -46,6 +46,29 @@ def test_a_step_that_is_not_finite_changes_nothing(loss, weight, skipped):
     assert new.step == 1  # The next batch is another one.
 
 
+@struct.dataclass
+class Around:
+    """A method around a method: its step is that of the inner state."""
+
+    inner: State
+    average: jax.Array
+
+    @property
+    def step(self):
+        return self.inner.step
+
+
+def test_a_step_that_lies_deeper_in_the_state_counts_on_as_well():
+    def around(state, batches, key):
+        inner, metrics = step(state.inner, batches, key)
+        return Around(inner, inner.weight), metrics
+
+    batches = {"loss": jnp.float32(np.nan), "weight": jnp.float32(2.0)}
+    start = Around(fresh(), jnp.float32(1.0))
+    new, _ = jax.jit(finite.skip_not_finite(around))(start, batches, None)
+    assert (new.step, new.inner.weight, new.average) == (1, 1.0, 1.0)
+
+
 def plan(*names, size=2):
     number = len(names) // size
     rows = np.arange(number * size).reshape(number, size)
