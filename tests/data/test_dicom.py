@@ -29,8 +29,8 @@ def test_patients_are_kept_whole_under_a_pseudonym(source, capsys):
     assert len(plan.sources) == 24 and plan.split_scheme == "patient-disjoint"
     for one in plan.sources:
         number = f"{one.label}{int(one.name[-3:]) // 2}"
-        digest = hashlib.sha256(f"Doe^{number}".encode()).hexdigest()
-        assert one.patient == f"id-{digest[:16]}"
+        digest = hashlib.sha256(f"\0Doe^{number}".encode()).hexdigest()
+        assert one.patient == f"patient-{digest[:16]}"
     homes = {}
     for one in plan.sources:
         homes.setdefault(one.patient, set()).add(one.split)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxai_jax.data import inputs, reading, store, transforms
+from cxai_jax.data import inputs, levels, reading, store, transforms
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +185,7 @@ def test_strips_give_what_the_whole_image_gives(monkeypatch):
         Image.fromarray(pixels).save(buffer, "TIFF")
         found = []
         for strip in (1, 90, 1 << 20):
-            monkeypatch.setattr(transforms, "STRIP", strip)
+            monkeypatch.setattr(levels, "STRIP", strip)
             found += transforms.decode_frames(buffer.getvalue(), "x")
         np.testing.assert_array_equal(found[0], found[2], err_msg=kind)
         np.testing.assert_array_equal(found[1], found[2], err_msg=kind)

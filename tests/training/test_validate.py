@@ -11,16 +11,16 @@ from configs import common, cxr, demo, digits, joint, siteA, siteB
 from cxai_jax import data
 from cxai_jax import mesh as meshes
 from cxai_jax.config import check_overrides, flatten, load_config_file
+from cxai_jax.training import fields, validate
 from cxai_jax.training import run as runs
-from cxai_jax.training import validate
 
 
 def with_value(field, value):
     """A config whose field has a value of any type, as a config.json may hold."""
-    fields = small().to_dict()
+    tree = small().to_dict()
     group, _, name = field.rpartition(".")
-    (fields[group] if group else fields)[name] = value
-    return ConfigDict(fields)
+    (tree[group] if group else tree)[name] = value
+    return ConfigDict(tree)
 
 
 def refused(check, *arguments):
@@ -32,7 +32,7 @@ def refused(check, *arguments):
 
 
 def test_every_field_has_a_rule():
-    assert set(validate.RULES) == set(flatten(common.get_config().to_dict()))
+    assert set(fields.RULES) == set(flatten(common.get_config().to_dict()))
 
 
 def test_every_config_of_the_project_passes():
@@ -46,10 +46,10 @@ def test_every_config_of_the_project_passes():
             validate.check_config(digits.get_config(f"{row},{target}"))
 
 
-@pytest.mark.parametrize("field", validate.RULES)
+@pytest.mark.parametrize("field", fields.RULES)
 def test_another_type_is_refused_in_every_field(field):
     default = flatten(common.get_config().to_dict())[field]
-    rule = validate.RULES[field]
+    rule = fields.RULES[field]
     for wrong in (None, float("nan"), 3 if isinstance(default, str) else "three"):
         assert not rule.holds(wrong), wrong
     config = with_value(field, None)
@@ -139,8 +139,8 @@ def opened():
         "sources": {"": data.load(config.data)},
         "network": runs.build_network(config, 2, abstract=True),
     }
-    fields = {field.name for field in dataclasses.fields(runs.Run)}
-    empty = dict.fromkeys(fields - {"config", *parts})
+    names = {field.name for field in dataclasses.fields(runs.Run)}
+    empty = dict.fromkeys(names - {"config", *parts})
     return lambda **changes: runs.Run(config=small(**changes), **parts, **empty)
 
 
