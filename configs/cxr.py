@@ -8,10 +8,10 @@ input gradient), mask (cheap, and their energy in the lungs). The alignment loss
 reconstruction of Purwita & Qomariyah (2021), whose network and data are not public.
 """
 
-from configs import common
+from configs import common, rows
 
 
-def get_config(rows: str = "cheap,lite0"):
+def get_config(words: str = "cheap,lite0"):
     config = common.get_config()
     config.data.name = "cxr"
     config.data.split = "seed0"  # Patient-disjoint; seed1, seed2, ... are others.
@@ -26,7 +26,7 @@ def get_config(rows: str = "cheap,lite0"):
     config.optim.clip_norm = 1.0  # The loss is steep where a map is nearly flat.
     config.train.batch_size = 16
     config.train.epochs = 30.0
-    return common.apply_rows(config, rows, ROWS)
+    return rows.apply_rows(config, words, ROWS)
 
 
 def cheap(config):
@@ -62,11 +62,11 @@ def selected(config):
 
 
 ROWS = {
-    "baseline": common.baseline,
+    "baseline": rows.baseline,
     "cheap": cheap,
     "full": full,
     "mask": mask,
     "weighted": weighted,
     "selected": selected,
-    "lite0": common.lite0,
+    "lite0": rows.lite0,
 }

@@ -3,10 +3,10 @@
 python -m cxai_jax.main --config=configs/demo.py
 """
 
-from configs import common
+from configs import common, rows
 
 
-def get_config(rows: str = "full"):
+def get_config(words: str = "full"):
     config = common.get_config()
     config.model.name = "tiny"
     config.data.name = "phantom"
@@ -20,4 +20,4 @@ def get_config(rows: str = "full"):
     config.train.checkpoint_every_epochs = 10.0
     config.tta.k = 31
     config.tta.patch = 2  # 31 cells are 3 % of 64 px, about the paper's 4 % of 224.
-    return common.apply_rows(config, rows)
+    return rows.apply_rows(config, words)

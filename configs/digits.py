@@ -11,12 +11,12 @@ usps, mnist_m. Then, in any order: resnet18, lenet, tiny; short.
 Labels are those of MNIST's training images alone, none of the target's (A26).
 """
 
-from configs import common
+from configs import common, rows
 
 TARGETS = ("usps", "mnist_m")
 
 
-def get_config(rows: str = "source_only,usps"):
+def get_config(words: str = "source_only,usps"):
     config = common.get_config()
     config.data.name = "mnist"
     config.data.image_size = 64
@@ -28,17 +28,17 @@ def get_config(rows: str = "source_only,usps"):
     config.optim.warmup = 0.05
     config.train.epochs = 20.0
     config.eval.batch_size = 100
-    common.apply_rows(config, rows, ROWS)
+    rows.apply_rows(config, words, ROWS)
     config.data.resize = config.data.image_size * 5 // 4
     return config
 
 
 def source_only(config):
-    common.baseline(config)
+    rows.baseline(config)
 
 
 def snapmix(config):
-    common.snapmix(config)
+    rows.snapmix(config)
     config.mix.prob = 0.5  # SnapMix's own choice when training from scratch.
 
 
@@ -50,24 +50,24 @@ def full(config):
 
 
 def target_statistics(config):
-    common.baseline(config)
+    rows.baseline(config)
     config.method = "target_statistics"
 
 
 def dann(config):
-    common.baseline(config)
+    rows.baseline(config)
     config.method = "dann"
 
 
 def cycada(config):
-    common.baseline(config)
+    rows.baseline(config)
     config.method = "cycada"
     config.adapt.hidden = (500, 500)
     config.train.batch_size = 100
 
 
 def dranet(config):
-    common.baseline(config)
+    rows.baseline(config)
     config.method = "dranet"
     config.adapt.width = 32
     config.adapt.lr = 1e-3

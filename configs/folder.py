@@ -7,10 +7,10 @@ The default rows fine-tune a small pretrained network within a laptop's means; `
 alone is the paper's ResNet-50 and budget.
 """
 
-from configs import common
+from configs import common, rows
 
 
-def get_config(rows: str = "full,lite0,short"):
+def get_config(words: str = "full,lite0,short"):
     config = common.get_config()
     config.data.name = "folder"
     # Validation is held out: it buys calibration and operating points.
@@ -20,4 +20,4 @@ def get_config(rows: str = "full,lite0,short"):
     # finding (dextrocardia, a side marker's letter, classes "left" and "right").
     config.augment.hflip = True
     config.augment.vflip = False  # Nobody is radiographed upside down.
-    return common.apply_rows(config, rows)
+    return rows.apply_rows(config, words)

@@ -3,13 +3,13 @@
 python -m cxai_jax.main --config=configs/joint.py:full
 """
 
-from configs import common
+from configs import common, rows
 
 
-def get_config(rows: str = "full"):
+def get_config(words: str = "full"):
     config = common.get_config()
     config.data.name = "joint"
     config.data.split = "blocked"  # Of site A; site B is always official.
     config.data.fit = "train+val"
     config.data.site_repeats = (1, 4)  # Site B four times, as Wang et al. (A21).
-    return common.apply_rows(config, rows)
+    return rows.apply_rows(config, words)

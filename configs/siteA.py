@@ -5,12 +5,12 @@ python -m cxai_jax.main --config=configs/siteA.py:full
 python -m cxai_jax.main --config=configs/siteA.py:full --config.data.split=random
 """
 
-from configs import common
+from configs import common, rows
 
 
-def get_config(rows: str = "full"):
+def get_config(words: str = "full"):
     config = common.get_config()
     config.data.name = "site_a"
     config.data.split = "blocked"  # Neighbours in number are neighbours in patient.
     config.data.fit = "train+val"
-    return common.apply_rows(config, rows)
+    return rows.apply_rows(config, words)

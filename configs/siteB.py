@@ -4,11 +4,11 @@ python -m tools.prepare_data --dataset=site_b --source=DIR
 python -m cxai_jax.main --config=configs/siteB.py:full
 """
 
-from configs import common
+from configs import common, rows
 
 
-def get_config(rows: str = "full"):
+def get_config(words: str = "full"):
     config = common.get_config()
     config.data.name = "site_b"
     config.data.fit = "train+val"
-    return common.apply_rows(config, rows)
+    return rows.apply_rows(config, words)

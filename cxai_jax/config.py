@@ -136,6 +136,8 @@ def load_config_file(spec: str) -> ConfigDict:
         importlib.util.spec_from_file_location(path.stem, path)
     )
     module.__spec__.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no get_config(): it is no config of a run")
     try:
         return module.get_config(words) if words else module.get_config()
     except TypeError as error:  # A value of another type than the field's default.

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from configs import common
+from configs.rows import apply_rows
 from cxai_jax import data
 from cxai_jax.data import inputs, novelty, transforms
 from cxai_jax.data.augment import normalise
@@ -140,7 +141,7 @@ def photograph_crops(random: np.random.Generator) -> list[np.ndarray]:
 
 def make_features(size: int):
     """Builds the function from gray images to pooled features [N, D]."""
-    config = common.apply_rows(common.get_config(), "lite0")
+    config = apply_rows(common.get_config(), "lite0")
     network = build_network(config, 2)
 
     @jax.jit

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from configs import common
+from configs.rows import apply_rows
 from cxai_jax.data import inputs, transforms
 from cxai_jax.data.augment import normalise
 from cxai_jax.training.results import versions
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", required=True, help="of the file in results/")
     given = parser.parse_args(arguments)
     grays = [transforms.open_gray(f) for f in inputs.find([given.images]).files]
-    config = common.apply_rows(common.get_config(), "lite0")
+    config = apply_rows(common.get_config(), "lite0")
     config.model.pretrained = given.pretrained
     network = build_network(config, 2)
 

@@ -21,7 +21,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from configs import common, cxr, demo
+from configs import cxr, demo
+from configs.rows import baseline
 from cxai_jax import host
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
@@ -40,7 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 CORRELATIONS = (0.0, 0.5, 0.9, 1.0)
 SEEDS = (0, 1, 2)
 METHODS = {
-    "cross-entropy": common.baseline,
+    "cross-entropy": baseline,
     "alignment": cxr.cheap,
     "alignment + lung mask": cxr.mask,
     "SnapMix + CPE": lambda config: None,
@@ -79,7 +80,7 @@ def make_config(method: str, correlation: float, seed: int) -> ConfigDict:
     """The demonstration's tiny network at 64 pixels, shorter."""
     config = demo.get_config("full")
     if method != "SnapMix + CPE":
-        common.baseline(config)
+        baseline(config)
     METHODS[method](config)
     config.seed = seed
     # A scanner burns its letter into one place. Flips would mirror it, crops shift and

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import common, from_json
+from configs import common, from_json, rows
 from cxai_jax import main
 from cxai_jax.config import (
     PACKAGED,
@@ -37,7 +37,7 @@ def test_every_row_keeps_the_fields_of_common(name, row):
 
 def test_unknown_row_names_the_known_ones():
     with pytest.raises(ValueError, match="'fulll'; known: baseline, cpe, snapmix"):
-        common.apply_rows(common.get_config(), "fulll")
+        rows.apply_rows(common.get_config(), "fulll")
 
 
 def test_unknown_override_names_the_known_fields():
@@ -168,3 +168,8 @@ def test_a_config_is_a_file_or_the_name_of_one_in_the_package(tmp_path, monkeypa
         config_path("nope")
     with pytest.raises(FileNotFoundError, match="^x/demo.py does not exist; .*siteB"):
         config_path("x/demo.py")
+
+
+def test_a_file_that_is_no_config_says_so():
+    with pytest.raises(ValueError, match=r"rows.py has no get_config\(\)"):
+        load_config_file("configs/rows.py")

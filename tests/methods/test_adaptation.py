@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
+from configs import common, rows
 from cxai_jax import methods, models
 from cxai_jax.data.augment import Scale
 from cxai_jax.methods import translation
@@ -23,7 +23,7 @@ TRANSLATING = ("cycada", "dranet")
 
 def config(name, **changes):
     config = common.get_config()
-    common.baseline(config)
+    rows.baseline(config)
     config.method = name
     config.model.name = "tiny"
     config.data.image_size = SIDE

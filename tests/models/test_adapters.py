@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import common
+from configs import common, rows
 from cxai_jax import models
 from cxai_jax.models.adapters import ADAPTERS
 from cxai_jax.models.norm import NORMS, ConvNorm
@@ -111,7 +111,7 @@ def test_a_site_trains_its_own_adapter_alone():
 
 
 def shapes(name, adapter):
-    config = common.apply_rows(common.get_config(), f"{adapter}_adapter,frozen")
+    config = rows.apply_rows(common.get_config(), f"{adapter}_adapter,frozen")
     config.model.name = name
     model = models.build(config.model, 2, num_sites=2)
     x, site = jnp.zeros((2, 64, 64, 3)), jnp.zeros(2, jnp.int32)

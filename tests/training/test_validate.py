@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 from small import small
 
-from configs import common, cxr, demo, digits, joint, siteA, siteB
+from configs import common, cxr, demo, digits, joint, rows, siteA, siteB
 from cxai_jax import data
 from cxai_jax import mesh as meshes
 from cxai_jax.config import check_overrides, flatten, load_config_file
@@ -37,7 +37,7 @@ def test_every_field_has_a_rule():
 
 def test_every_config_of_the_project_passes():
     for module in (demo, siteA, siteB, joint):
-        for row in common.ROWS:
+        for row in rows.ROWS:
             validate.check_config(module.get_config(row))
     for row in cxr.ROWS:
         validate.check_config(cxr.get_config(row))
