@@ -11,8 +11,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from cxai_jax.data import splits, store, tables
+from cxai_jax.data.plan import Plan, Source
 from cxai_jax.data.records import Dataset, DatasetSpec
-from cxai_jax.data.store import Plan, Source
 
 CLASS_NAMES = ("other finding", "COVID-19")
 POSITIVE = 1

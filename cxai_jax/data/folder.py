@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from cxai_jax.data import dicom, splits, store
+from cxai_jax.data import dicom, splits, store, tables
 from cxai_jax.data import labels as labelled
+from cxai_jax.data.plan import Plan, Source, class_files, is_image
 from cxai_jax.data.positive import positive_class
 from cxai_jax.data.reading import printable
 from cxai_jax.data.records import SPLITS, Dataset, DatasetSpec
-from cxai_jax.data.store import Plan, Source
 
 # Names of split folders, in lower case.
 SPLIT_FOLDERS = {name: name for name in SPLITS} | {"valid": "val", "validation": "val"}
@@ -72,7 +72,7 @@ def plan_folder(
         (file, label, split)
         for split, root in roots.items()
         for label, c in enumerate(class_names)
-        for file in store.class_files(*_images_of(root / c))
+        for file in class_files(*_images_of(root / c))
     ]
     files, labels, folder_splits = zip(*found, strict=True)
     labels = np.array(labels)
@@ -106,7 +106,7 @@ def plan_folder(
             (printable(file.relative_to(source)), "not an image by its suffix")
             for folder in dict.fromkeys(file.parent for file in files)
             for file in sorted(folder.iterdir())
-            if not store.is_image(file)
+            if not is_image(file)
         ],
     )
 
@@ -141,7 +141,7 @@ def _class_folders(source: Path) -> list[str]:
     layout = f"expected {source}/CLASS_NAME/*.png, one folder per class"
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; {layout}")
-    loose = [file.name for file in sorted(source.iterdir()) if store.is_image(file)]
+    loose = [file.name for file in sorted(source.iterdir()) if is_image(file)]
     if loose:
         raise ValueError(
             f"{source} holds images directly ({loose[0]}); {layout}: point --source to "
@@ -162,7 +162,7 @@ def _class_folders(source: Path) -> list[str]:
         name
         for name in folders
         if any(inner.is_dir() for inner in (source / name).iterdir())
-        and not any(store.is_image(file) for file in (source / name).iterdir())
+        and not any(is_image(file) for file in (source / name).iterdir())
         and not (source / name / "images").is_dir()
     ]
     if deeper:
@@ -186,7 +186,7 @@ def _column(table: Path, column: str, names: Sequence[str]) -> dict[str, str] | 
     for name in names:
         short.setdefault(Path(name).name, []).append(name)
     cells = {}
-    for file, cell in store.read_table(table, "file", column).items():
+    for file, cell in tables.read_table(table, "file", column).items():
         full = [file] if file in names else short.get(file, [])
         if len(full) > 1:
             raise ValueError(

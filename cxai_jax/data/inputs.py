@@ -15,7 +15,7 @@ import numpy as np
 
 from cxai_jax.data import dicom, reading, transforms
 from cxai_jax.data.reading import printable
-from cxai_jax.data.store import read_table
+from cxai_jax.data.tables import read_table
 
 COLOURED = 40  # Grey levels between the channels of a pixel that has a colour.
 VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npy", ".npz")

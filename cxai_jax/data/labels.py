@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from cxai_jax.data import dicom, reading, splits, store
+from cxai_jax.data import dicom, reading, splits
+from cxai_jax.data.plan import Plan, Source, is_image
 from cxai_jax.data.positive import positive_class
 from cxai_jax.data.records import SPLITS
-from cxai_jax.data.store import Plan, Source
 
 TABLE = "labels.csv"
 NEEDED, OPTIONAL = ("file", "label"), ("patient", "split", "site")
@@ -79,8 +79,7 @@ def plan_labels(
         left_out=[
             (reading.printable(file.relative_to(source)), f"not in {TABLE}")
             for file in sorted(source.rglob("*"))
-            if store.is_image(file)
-            and file.relative_to(source).as_posix() not in listed
+            if is_image(file) and file.relative_to(source).as_posix() not in listed
         ],
     )
 

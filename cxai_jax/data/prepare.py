@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cxai_jax.data import DATASETS, store
 from cxai_jax.data.leakage import SIMILAR
+from cxai_jax.data.plan import Plan
 
 SHOWN = 20  # Lines of a list of files; summary.json has them all.
 
@@ -74,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_plan(options: argparse.Namespace) -> store.Plan:
+def make_plan(options: argparse.Namespace) -> Plan:
     """Reads the source folder as the chosen data set.
 
     Raises:
@@ -107,7 +108,7 @@ def make_plan(options: argparse.Namespace) -> store.Plan:
     return DATASETS[options.dataset].plan(Path(options.source), **given)
 
 
-def check_new(plan: store.Plan, data_dir: str | Path, overwrite: bool) -> None:
+def check_new(plan: Plan, data_dir: str | Path, overwrite: bool) -> None:
     """Raises ValueError if the data set is there already and must not be replaced."""
     target = store.place(data_dir, plan.name, plan.split)
     if target.exists() and not overwrite:
@@ -117,7 +118,7 @@ def check_new(plan: store.Plan, data_dir: str | Path, overwrite: bool) -> None:
         )
 
 
-def check_classes(plan: store.Plan) -> None:
+def check_classes(plan: Plan) -> None:
     """Raises ValueError for data without a test split, or a split without a class.
 
     A training split is needed as well, unless every image is for testing.

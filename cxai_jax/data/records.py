@@ -157,7 +157,7 @@ class DatasetSpec(NamedTuple):
       load: function of `config.data` that returns a Dataset.
       plan: function of the source folder, and of those options of cxai-prepare
         that its parameters name (split, split_files, name, positive, keep_ids), that
-        returns a store.Plan; None where nothing has to be prepared.
+        returns a plan.Plan; None where nothing has to be prepared.
       channels: of the stored images: 1 gray, 3 colour.
       side: pixels, short side of the stored images; None stores them as they are.
     """

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from cxai_jax.data import splits, store
+from cxai_jax.data import splits, store, tables
+from cxai_jax.data.plan import Plan, Source, class_files
 from cxai_jax.data.reading import printable
 from cxai_jax.data.records import SPLITS, Dataset, DatasetSpec, concatenate
-from cxai_jax.data.store import Plan, Source
 
 CLASS_NAMES = ("non-COVID-19", "COVID-19")
 POSITIVE = 1
@@ -152,7 +152,7 @@ def plan_site_b(
     patients = {}
     for folder in SITE_B_FOLDERS:
         table, key, value = SITE_B_TABLES[folder]
-        table = store.read_table(source / "Meta-data" / table, key, value)
+        table = tables.read_table(source / "Meta-data" / table, key, value)
         patients |= {f"{folder}/{name}": patient for name, patient in table.items()}
     unlisted = []
     if split == "wang":
@@ -183,7 +183,7 @@ def _official(source: Path, names: Sequence[str]) -> dict[str, str]:
         kind = folder.removeprefix("CT_")
         for part in SPLITS:
             listing = source / "Data-split" / kind / f"{part}{folder}.txt"
-            for name in store.read_list(listing):
+            for name in tables.read_list(listing):
                 _assign(chosen, f"{folder}/{name}", part, listing, names)
     missing = [name for name in names if name not in chosen]
     if missing:
@@ -213,7 +213,7 @@ def _class_files(source: Path, folders: Sequence[str]) -> tuple[list, np.ndarray
             f"{source}: no such folder; give --source the folder that holds "
             f"{' and '.join(f'{folder}/' for folder in folders)}"
         )
-    files = [store.class_files(source, folder) for folder in folders]
+    files = [class_files(source, folder) for folder in folders]
     labels = np.repeat(np.arange(len(files)), [len(part) for part in files])
     flat = [file for part in files for file in part]
     return flat, labels, [printable(file.relative_to(source)) for file in flat]
@@ -256,7 +256,7 @@ def _wang(split_files: Sequence, source, labels: dict[str, int]) -> dict[str, st
             raise ValueError(
                 f"{listing}: the file name must hold one of {', '.join(SPLITS)}"
             )
-        for line in store.read_list(listing):
+        for line in tables.read_list(listing):
             if "/ c o" in line:  # Where the published reader stops.
                 break
             # The path may hold spaces: "12 new_data/Covid (3).jpg COVID-19".

@@ -5,8 +5,6 @@
 `index.csv` (the same columns without the pictures, so that loading never parses images)
 and `summary.json` (counts, fingerprint, leakage verdict, skipped files). TensorFlow is
 never imported: images go in as encoded bytes and come out with decoding skipped.
-
-Writing and reading in one file, longer than others: each is the other's inverse.
 """
 
 import contextlib
@@ -17,13 +15,13 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from cxai_jax.data import dicom, leakage, reading, tables, transforms
+from cxai_jax.data import leakage, reading, tables, transforms
+from cxai_jax.data.plan import Plan, Source
 from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
 from cxai_jax.writer import read_json
 
@@ -31,47 +29,6 @@ VERSION = "1.0.0"
 COLUMNS = ("split", "name", "label", "site", "patient")
 SUMMARY = ("name", "counts", "class_names", "site_names", "positive", "split_scheme")
 SUMMARY += ("fingerprint", "leakage")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One image file to be stored; `name` is unique, `split` one of SPLITS."""
-
-    file: Path
-    name: str
-    label: int
-    split: str
-    patient: str = ""
-    site: int = 0
-    lung_mask: Path | None = None  # Image of the same aspect, not 0 inside.
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a data source wants stored.
-
-    Args:
-      name: directory under data_dir.
-      split: directory under that, the key that `config.data.split` selects.
-      split_scheme: how the split was made, in words.
-      class_names: K names in the order of the labels.
-      site_names: one name per site index.
-      positive: class index counted as positive.
-      sources: the files.
-      left_out: (file, reason) of files that will not be stored.
-      unlisted: likewise, of images that a list should have named; storing the others
-        has to be asked for.
-    """
-
-    name: str
-    split: str
-    split_scheme: str
-    class_names: tuple[str, ...]
-    site_names: tuple[str, ...]
-    positive: int
-    sources: Sequence[Source]
-    left_out: Sequence[tuple[str, str]] = field(default_factory=tuple)
-    unlisted: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
 class ImageRecords(tfds.core.GeneratorBasedBuilder):
@@ -127,82 +84,6 @@ class ImageRecords(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator:
         return self._examples[split]
-
-
-def class_files(source: Path, folder: str) -> list[Path]:
-    """The image files (by suffix, sorted) directly inside `source/folder`.
-
-    Raises:
-      FileNotFoundError: if the folder is missing.
-      ValueError: if it holds no image or a folder, which would be dropped silently.
-    """
-    directory = source / folder
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"{directory}: no such folder; --source must be the folder that holds it"
-        )
-    files = sorted(directory.iterdir())
-    inner = [f.name for f in files if f.is_dir()]
-    if inner:
-        raise ValueError(
-            f"{directory} holds the folder {inner[0]!r}; images must lie directly in "
-            "it: point --source one level deeper or move them up"
-        )
-    images = [f for f in files if is_image(f)]
-    if not images:
-        raise ValueError(
-            f"{directory} holds no image ({' '.join(transforms.SUFFIXES)}); add some "
-            "or remove the folder"
-        )
-    return images
-
-
-def is_image(file: Path) -> bool:
-    """True for a file whose suffix promises an image, or DICOM without a suffix."""
-    if file.is_dir() or file.name.startswith(".") or file.name == "DICOMDIR":
-        return False
-    if file.suffix.lower() in transforms.SUFFIXES:
-        return True
-    # Scanners name files by number: "1.2.840.113", "IM-0001", "00000001".
-    unnamed = not file.suffix or file.suffix[1:].isdecimal()
-    return unnamed and dicom.is_dicom(file)
-
-
-def read_list(file: str | Path) -> list[str]:
-    """The non-empty lines of a UTF-8 text file, stripped.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is empty or no UTF-8 text.
-    """
-    text = reading.read_text(file)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{file} is empty")
-    return lines
-
-
-def read_table(file: str | Path, key: str, value: str) -> dict[str, str]:
-    """Two columns of a CSV file as a dict, cells stripped.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is no CSV, a column is missing or a key occurs twice.
-    """
-    rows = tables.read_rows(file)
-    for column in (key, value):
-        if not rows or column not in rows[0]:
-            raise ValueError(
-                f"{file} has no rows with a column {column!r}; expected "
-                f"the header {key},{value}"
-            )
-    table = {}
-    for row in rows:
-        name = (row[key] or "").strip()
-        if name in table:
-            raise ValueError(f"{file} lists {name!r} twice; keep one line")
-        table[name] = (row[value] or "").strip()
-    return table
 
 
 def build(

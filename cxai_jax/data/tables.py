@@ -45,3 +45,40 @@ def read_rows(file: str | Path) -> list[dict[str, str | None]]:
     except csv.Error as error:
         name = reading.printable(file)
         raise ValueError(f"{name}, after line {reader.line_num}: {error}") from None
+
+
+def read_list(file: str | Path) -> list[str]:
+    """The non-empty lines of a UTF-8 text file, stripped.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is empty or no UTF-8 text.
+    """
+    text = reading.read_text(file)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{file} is empty")
+    return lines
+
+
+def read_table(file: str | Path, key: str, value: str) -> dict[str, str]:
+    """Two columns of a CSV file as a dict, cells stripped.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is no CSV, a column is missing or a key occurs twice.
+    """
+    rows = read_rows(file)
+    for column in (key, value):
+        if not rows or column not in rows[0]:
+            raise ValueError(
+                f"{file} has no rows with a column {column!r}; expected "
+                f"the header {key},{value}"
+            )
+    table = {}
+    for row in rows:
+        name = (row[key] or "").strip()
+        if name in table:
+            raise ValueError(f"{file} lists {name!r} twice; keep one line")
+        table[name] = (row[value] or "").strip()
+    return table

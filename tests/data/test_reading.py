@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from cxai_jax.data import inputs, levels, reading, store, transforms
+from cxai_jax.data.plan import Plan, Source
 
 
 @pytest.fixture(autouse=True)
@@ -302,7 +303,7 @@ def test_colour_data_sets_are_read_as_carefully(tmp_path):
     Image.fromarray(pixels[..., 0]).save(tmp_path / "gray.png")
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "large.png").write_bytes(png_of(60_000, 2_000, colour=2))
-    plan = store.Plan(
+    plan = Plan(
         name="tints",
         split="given",
         split_scheme="given",
@@ -310,7 +311,7 @@ def test_colour_data_sets_are_read_as_carefully(tmp_path):
         site_names=("s",),
         positive=0,
         sources=[
-            store.Source(file, file.name, 0, "train")
+            Source(file, file.name, 0, "train")
             for file in sorted(tmp_path.glob("*.png"))
         ],
     )

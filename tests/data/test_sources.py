@@ -13,6 +13,7 @@ from PIL import Image
 
 from cxai_jax import data
 from cxai_jax.data import folder, prepare, sites, store
+from cxai_jax.data.plan import Plan, Source, is_image
 from cxai_jax.data.transforms import SUFFIXES
 
 
@@ -522,7 +523,7 @@ def test_plans_are_checked(tmp_path, change, message):
     file.write_bytes(b"broken")
     picture(tmp_path / "b.png")
     first = {"file": file, "name": "a.png", "label": 0, "split": "train"} | change
-    plan = store.Plan(
+    plan = Plan(
         name="x",
         split="y",
         split_scheme="given",
@@ -530,8 +531,8 @@ def test_plans_are_checked(tmp_path, change, message):
         site_names=("x",),
         positive=1,
         sources=[
-            store.Source(**first),
-            store.Source(tmp_path / "b.png", "b.png", 1, "test"),
+            Source(**first),
+            Source(tmp_path / "b.png", "b.png", 1, "test"),
         ],
     )
     with pytest.raises(ValueError, match=message):
@@ -541,8 +542,8 @@ def test_plans_are_checked(tmp_path, change, message):
 
 def test_every_suffix_of_the_list_counts_as_an_image(tmp_path):
     for suffix in SUFFIXES:
-        assert store.is_image(tmp_path / f"x{suffix.upper()}")
-    assert not store.is_image(tmp_path / "Thumbs.db")
+        assert is_image(tmp_path / f"x{suffix.upper()}")
+    assert not is_image(tmp_path / "Thumbs.db")
 
 
 def test_real_sites_have_the_published_counts(shared):

@@ -7,6 +7,7 @@ from PIL import Image
 from configs import demo
 from cxai_jax import data
 from cxai_jax.data import prepare, store
+from cxai_jax.data.plan import Plan, Source
 from cxai_jax.data.records import DatasetSpec
 from cxai_jax.training import loop
 
@@ -25,7 +26,7 @@ def plan(source):
     """Reads `source/SPLIT-CLASS-NUMBER.png`."""
     files = sorted(source.glob("*.png"))
     words = [file.stem.split("-") for file in files]
-    return store.Plan(
+    return Plan(
         name="tints",
         split="given",
         split_scheme="given",
@@ -33,7 +34,7 @@ def plan(source):
         site_names=("tints",),
         positive=0,
         sources=[
-            store.Source(file, file.name, NAMES.index(name), split)
+            Source(file, file.name, NAMES.index(name), split)
             for file, (split, name, _) in zip(files, words, strict=True)
         ],
     )

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from cxai_jax.data import inputs, store, tables
+from cxai_jax.data import inputs, tables
 
 FORMULAS = (
     "=cmd|' /C calc'!A0",
@@ -55,13 +55,13 @@ def test_damage_names_the_table(tmp_path, content, message):
     path = tmp_path / "patients.csv"
     path.write_bytes(content)
     if message is None:
-        assert store.read_table(path, "file", "patient") == {"x,1": ""}
+        assert tables.read_table(path, "file", "patient") == {"x,1": ""}
         return
     with pytest.raises(ValueError, match=f"patients.csv.*{message}"):
-        store.read_table(path, "file", "patient")
+        tables.read_table(path, "file", "patient")
     with pytest.raises(ValueError, match="patients.csv.*not UTF-8") as caught:
         path.write_bytes(b"a\n\xff")
-        store.read_list(path)
+        tables.read_list(path)
     assert "\n" not in str(caught.value)
     path.write_bytes(content)
     (tmp_path / "x.png").touch()

@@ -1,0 +1,87 @@
+"""What preparation is asked to store, and how folders of images are listed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cxai_jax.data import dicom, transforms
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image file to be stored; `name` is unique, `split` one of SPLITS."""
+
+    file: Path
+    name: str
+    label: int
+    split: str
+    patient: str = ""
+    site: int = 0
+    lung_mask: Path | None = None  # Image of the same aspect, not 0 inside.
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a data source wants stored.
+
+    Args:
+      name: directory under data_dir.
+      split: directory under that, the key that `config.data.split` selects.
+      split_scheme: how the split was made, in words.
+      class_names: K names in the order of the labels.
+      site_names: one name per site index.
+      positive: class index counted as positive.
+      sources: the files.
+      left_out: (file, reason) of files that will not be stored.
+      unlisted: likewise, of images that a list should have named; storing the others
+        has to be asked for.
+    """
+
+    name: str
+    split: str
+    split_scheme: str
+    class_names: tuple[str, ...]
+    site_names: tuple[str, ...]
+    positive: int
+    sources: Sequence[Source]
+    left_out: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    unlisted: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+
+def class_files(source: Path, folder: str) -> list[Path]:
+    """The image files (by suffix, sorted) directly inside `source/folder`.
+
+    Raises:
+      FileNotFoundError: if the folder is missing.
+      ValueError: if it holds no image or a folder, which would be dropped silently.
+    """
+    directory = source / folder
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory}: no such folder; --source must be the folder that holds it"
+        )
+    files = sorted(directory.iterdir())
+    inner = [f.name for f in files if f.is_dir()]
+    if inner:
+        raise ValueError(
+            f"{directory} holds the folder {inner[0]!r}; images must lie directly in "
+            "it: point --source one level deeper or move them up"
+        )
+    images = [f for f in files if is_image(f)]
+    if not images:
+        raise ValueError(
+            f"{directory} holds no image ({' '.join(transforms.SUFFIXES)}); add some "
+            "or remove the folder"
+        )
+    return images
+
+
+def is_image(file: Path) -> bool:
+    """True for a file whose suffix promises an image, or DICOM without a suffix."""
+    if file.is_dir() or file.name.startswith(".") or file.name == "DICOMDIR":
+        return False
+    if file.suffix.lower() in transforms.SUFFIXES:
+        return True
+    # Scanners name files by number: "1.2.840.113", "IM-0001", "00000001".
+    unnamed = not file.suffix or file.suffix[1:].isdecimal()
+    return unnamed and dicom.is_dicom(file)
