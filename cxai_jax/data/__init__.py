@@ -48,3 +48,19 @@ def spec_of(name: str) -> DatasetSpec:
             "tfds:mnist"
         )
     return DATASETS[kind]
+
+
+def check_channels(name: str, other: str, given: str) -> None:
+    """Raises ValueError unless two data sets store images of as many channels.
+
+    Args:
+      name: of the run's data set, as config.data.name.
+      other: likewise, of the one that is used beside it.
+      given: where it was named.
+    """
+    own, others = spec_of(name).channels, spec_of(other).channels
+    if own != others:
+        raise ValueError(
+            f"{given}: images of {other} have {others} channels, those of {name} "
+            f"{own}; prepare both alike"
+        )

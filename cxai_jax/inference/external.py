@@ -137,12 +137,7 @@ def open_dataset(config: ConfigDict, trained: Trained, on: str) -> Dataset:
             f"--on={on} has the classes {', '.join(dataset.class_names)} and the run "
             f"{', '.join(trained.class_names)}; prepare it with the same names"
         )
-    depths = [data.spec_of(name).channels for name in (run.data.name, config.data.name)]
-    if depths[0] != depths[1]:
-        raise ValueError(
-            f"--on={on}: its images have {depths[1]} channels, those of the run "
-            f"{depths[0]}; prepare both alike"
-        )
+    data.check_channels(run.data.name, config.data.name, f"--on={on}")
     if models.needs_site(run.model) and list(dataset.site_names) != trained.site_names:
         raise ValueError(
             f"--on={on}: the network of this run has parts of its own for the sites "

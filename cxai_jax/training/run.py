@@ -72,22 +72,18 @@ def load_sources(config) -> dict[str, Dataset]:
             other = config.data.copy_and_resolve_references()
             other.name, other.split, other.fold = name, "", ""
             sources[name] = data.load(other)
-            check_alike(main, sources[name], f"config.data.{field}={split}")
+            given = f"config.data.{field}={split}"
+            check_classes(main, sources[name], given)
+            data.check_channels(config.data.name, name, given)
     return sources
 
 
-def check_alike(main: Dataset, other: Dataset, given: str) -> None:
-    """Raises ValueError unless two data sets have the same classes and channels."""
+def check_classes(main: Dataset, other: Dataset, given: str) -> None:
+    """Raises ValueError unless two data sets have the same classes in one order."""
     if main.class_names != other.class_names:
         raise ValueError(
             f"{given}: {other.name} has the classes {', '.join(other.class_names)} and "
             f"{main.name} has {', '.join(main.class_names)}; they must be the same"
-        )
-    depths = [next(iter(d.splits.values())).images[0].shape[-1] for d in (main, other)]
-    if depths[0] != depths[1]:
-        raise ValueError(
-            f"{given}: images of {other.name} have {depths[1]} channels, those of "
-            f"{main.name} {depths[0]}; prepare both alike"
         )
 
 

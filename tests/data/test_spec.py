@@ -116,3 +116,13 @@ def test_every_data_set_is_declared():
     assert stored == {"site_a", "site_b", "cxr", "folder"}
     for name in stored:
         assert data.DATASETS[name][2:] == (1, 256)
+
+
+def test_gray_beside_colour_is_refused():
+    data.check_channels("site_a", "folder:b", "--on=folder:b")
+    with pytest.raises(ValueError) as error:
+        data.check_channels("mnist", "site_a", "config.data.test=site_a:test")
+    assert str(error.value) == (
+        "config.data.test=site_a:test: images of site_a have 1 channels, those of mnist "
+        "3; prepare both alike"
+    )
