@@ -123,6 +123,6 @@ def test_gray_beside_colour_is_refused():
     with pytest.raises(ValueError) as error:
         data.check_channels("mnist", "site_a", "config.data.test=site_a:test")
     assert str(error.value) == (
-        "config.data.test=site_a:test: images of site_a have 1 channels, those of mnist "
-        "3; prepare both alike"
+        "config.data.test=site_a:test: images of site_a have 1 channels, those of "
+        "mnist 3; prepare both alike"
     )
