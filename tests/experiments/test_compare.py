@@ -42,6 +42,8 @@ def test_scores_mean_deviation_and_paired_difference():
     assert table["a"]["recall"]["seeds"] == pytest.approx([0.5, 1])
     assert table["a"]["precision"]["seeds"] == pytest.approx([1, 1])
     assert table["a"]["auc"]["seeds"] == pytest.approx([1, 1])
+    assert table["a"]["auprc"]["seeds"] == pytest.approx([1, 1])
+    assert table["a"]["balanced_accuracy"]["seeds"] == pytest.approx([0.75, 1])
     assert "difference" not in table["a"]["accuracy"]
     gain = table["b"]["accuracy"]["difference"]
     assert gain["seeds"] == pytest.approx([0.25, 0])
@@ -60,7 +62,9 @@ def test_rates_are_those_of_weighted_counts():
     for row, weight in enumerate(weights):
         y, z = np.repeat(labels, weight), np.repeat(chosen, weight)
         hits = np.sum(y * z)
-        expected = (np.mean(y == z), hits / z.sum(), hits / y.sum())
+        recalls = [np.mean(z[y == label] == label) for label in (0, 1)]
+        expected = (np.mean(y == z), np.mean(recalls))
+        expected += (hits / z.sum(), hits / y.sum())
         expected += (2 * hits / (y.sum() + z.sum()),)
         assert [found[name][row] for name in paired.RATES] == pytest.approx(expected)
 
