@@ -291,8 +291,9 @@ def test_a_file_of_another_run_is_refused_in_one_line(tmp_path):
     compare.keep(path, job, results(), predictions(4))
     kept = kept_runs.read(path)
     kept_runs.check(path, kept, wanted(job))
-    moved = jobs(fields=["data.data_dir=elsewhere", "train.log_every_steps=1"])[0]
-    kept_runs.check(path, kept, wanted(moved))
+    spoken = ["data.data_dir=elsewhere", "train.log_every_steps=1"]
+    spoken += ["train.checkpoint_every_minutes=3", "train.on_nan=skip"]
+    kept_runs.check(path, kept, wanted(jobs(fields=spoken)[0]))
     longer = jobs(fields=["train.epochs=41"])[0]
     with pytest.raises(
         ValueError,
