@@ -120,9 +120,10 @@ def build(
     skipped = [list(item) for item in (*plan.left_out, *plan.unlisted)]
     with_masks = any(source.lung_mask for source in plan.sources)
     encode = functools.partial(
-        _encode, channels=channels, side=side, with_mask=with_masks
+        _encode, channels=channels, side=side, with_mask=with_masks, crop=plan.crop
     )
-    rows = []  # (source, file digest, pixel digest, thumbnail) of every stored image.
+    rows = []  # (source, file digest, pixel digest) of every stored image.
+    thumbnails = np.empty((len(plan.sources), leakage.SIDE, leakage.SIDE), np.uint8)
 
     def examples(split):
         sources = [s for s in plan.sources if s.split == split]
@@ -137,9 +138,10 @@ def build(
                     raise ValueError(f"{result}; or pass --skip_bad")
                 skipped.append([source.name, result])
                 continue
-            example, animated, *digests = result
+            example, animated, *digests, thumbnail = result
             if animated:
                 skipped.append([source.name, "all frames but the first"])
+            thumbnails[len(rows)] = thumbnail
             rows.append((source, *digests))
             yield len(rows), example
         if len(rows) == before:
@@ -160,7 +162,7 @@ def build(
                 data_dir=scratch,
             )
             builder.download_and_prepare()
-        summary = _summary(plan, rows, skipped)
+        summary = _summary(plan, rows, thumbnails[: len(rows)], skipped)
         _check_kept(plan, summary["counts"])
         written = Path(builder.data_dir)
         _write_index(written / "index.csv", [row[0] for row in rows])
@@ -282,13 +284,16 @@ def _check_kept(plan: Plan, counts: dict[str, dict[str, int]]) -> None:
 
 
 def _encode(
-    source: Source, *, channels: int, side: int | None, with_mask: bool
+    source: Source, *, channels: int, side: int | None, with_mask: bool, crop: bool
 ) -> tuple:
     """(example, is animated, file digest, pixel digest, thumbnail) of one image."""
     decode = transforms.decode_gray if channels == 1 else transforms.decode_colour
     with reading.opened(source.file, transforms.memory) as data:
         image = decode(data, reading.printable(source.file))
         shape = image.shape
+        if source.box:
+            body = source.box.part(image)
+            image = body if crop else image
         animated, digest = transforms.is_animated(data), leakage.digest(data)
         stored = transforms.as_stored(image, side)
         png = transforms.encode_png(stored)
@@ -338,8 +343,8 @@ def _decode_mask(record: dict) -> np.ndarray | None:
     return (transforms.decode_png(record["lung_mask"])[..., 0] > 127).astype(np.uint8)
 
 
-def _summary(plan: Plan, rows: list, skipped: list) -> dict:
-    sources, files, pixels, thumbnails = zip(*rows, strict=True)
+def _summary(plan: Plan, rows: list, thumbnails: np.ndarray, skipped: list) -> dict:
+    sources, files, pixels = zip(*rows, strict=True)
     splits = [s.split for s in sources]
     names, labels = [s.name for s in sources], [s.label for s in sources]
     patients = [s.patient for s in sources]
@@ -358,7 +363,7 @@ def _summary(plan: Plan, rows: list, skipped: list) -> dict:
         },
         "fingerprint": fingerprint(splits, names, labels, pixels),
         "leakage": leakage.examine(
-            splits, names, labels, patients, files, pixels, np.stack(thumbnails)
+            splits, names, labels, patients, files, pixels, thumbnails
         ),
         "skipped": skipped,
     }
