@@ -122,7 +122,7 @@ def build(
     encode = functools.partial(
         _encode, channels=channels, side=side, with_mask=with_masks, crop=plan.crop
     )
-    rows = []  # (source, file digest, pixel digest) of every stored image.
+    rows = []  # (source, file digest, pixel digest, shape) of every stored image.
     thumbnails = np.empty((len(plan.sources), leakage.SIDE, leakage.SIDE), np.uint8)
 
     def examples(split):
@@ -138,11 +138,11 @@ def build(
                     raise ValueError(f"{result}; or pass --skip_bad")
                 skipped.append([source.name, result])
                 continue
-            example, animated, *digests, thumbnail = result
+            example, animated, *described, thumbnail = result
             if animated:
                 skipped.append([source.name, "all frames but the first"])
             thumbnails[len(rows)] = thumbnail
-            rows.append((source, *digests))
+            rows.append((source, *described))
             yield len(rows), example
         if len(rows) == before:
             raise ValueError(f"no image of the split {split!r} can be read: {result}")
@@ -215,6 +215,7 @@ def load(
             f"{directory} is damaged ({error}); prepare the data set again"
         ) from None
     with_masks = "lung_mask" in builder.info.features
+    shapes = summary.get("shapes", {})  # Earlier versions did not write them.
     splits = {}
     for key in summary["counts"]:
         rows = [row for row in index if row["split"] == key]
@@ -233,6 +234,7 @@ def load(
             patients=np.array([row["patient"] for row in rows], str),
             names=np.array([row["name"] for row in rows], str),
             lung_masks=Mapped(_decode_mask, source) if with_masks else None,
+            shapes=frozenset(map(tuple, shapes[key])) if key in shapes else None,
         )
     return Dataset(
         name=summary["name"],
@@ -286,7 +288,7 @@ def _check_kept(plan: Plan, counts: dict[str, dict[str, int]]) -> None:
 def _encode(
     source: Source, *, channels: int, side: int | None, with_mask: bool, crop: bool
 ) -> tuple:
-    """(example, is animated, file digest, pixel digest, thumbnail) of one image."""
+    """Example, is animated, file digest, pixel digest, shape, thumbnail: one image."""
     decode = transforms.decode_gray if channels == 1 else transforms.decode_colour
     with reading.opened(source.file, transforms.memory) as data:
         image = decode(data, reading.printable(source.file))
@@ -312,6 +314,7 @@ def _encode(
         animated,
         digest,
         leakage.pixel_digest(stored),
+        stored.shape,
         leakage.thumbnail(stored),
     )
 
@@ -344,7 +347,7 @@ def _decode_mask(record: dict) -> np.ndarray | None:
 
 
 def _summary(plan: Plan, rows: list, thumbnails: np.ndarray, skipped: list) -> dict:
-    sources, files, pixels = zip(*rows, strict=True)
+    sources, files, pixels, shapes = zip(*rows, strict=True)
     splits = [s.split for s in sources]
     names, labels = [s.name for s in sources], [s.label for s in sources]
     patients = [s.patient for s in sources]
@@ -358,6 +361,13 @@ def _summary(plan: Plan, rows: list, thumbnails: np.ndarray, skipped: list) -> d
         "positive": plan.positive,
         "counts": {
             split: {c: found[split, k] for k, c in enumerate(plan.class_names)}
+            for split in SPLITS
+            if split in splits
+        },
+        "shapes": {
+            split: sorted(
+                {p for p, s in zip(shapes, splits, strict=True) if s == split}
+            )
             for split in SPLITS
             if split in splits
         },
