@@ -1,6 +1,7 @@
 """COVIDx-CT in a miniature of the published layout: lists, patients, boxes, errors."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -80,6 +81,7 @@ def test_three_classes_and_the_published_split(prepared):
             numbers = [n for n in patients if patient == NAMED[label][1].format(n)]
             assert len(numbers) == 1 and str(numbers[0]) in name
         assert {image.shape for image in records.images} == {(256, 307, 1)}
+        assert records.shapes == {(256, 307, 1)}
 
 
 def test_two_classes_are_the_same_images_without_pneumonia(prepared):
@@ -105,6 +107,15 @@ def test_the_body_is_cut_out_before_the_image_is_scaled(prepared):
     source = Image.open(prepared / "2A_images" / records.names[0]).crop(BOX)
     expected = source.resize((341, 256), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(records.images[0][..., 0], np.asarray(expected))
+
+
+def test_data_that_an_earlier_version_prepared_have_no_shapes(prepared, tmp_path):
+    shutil.copytree(prepared / "data", tmp_path / "data")
+    path = tmp_path / "data" / "covidx_ct" / "CT-2A" / "1.0.0" / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["shapes"]
+    path.write_text(json.dumps(summary))
+    assert opened(tmp_path).splits["test"].shapes is None
 
 
 def test_patients_are_found_in_names():
