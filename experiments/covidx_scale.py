@@ -5,13 +5,14 @@ opened as a run opens them, and read through the host path for one epoch. Every 
 a process of its own; wall and CPU seconds (of all threads), peak memory and disk go to
 results/covidx_scale.json, under the number of slices and the stored side.
 
-The slices are smooth noise, all different, stored at the side they have; of the
-patients, 40 slices each, three quarters train, an eighth val, an eighth test. A real
-slice has 512 x 512 pixels, of which 256 x 256 are stored: opening one takes longer.
+The slices are smooth noise, stored at the side they have; of the patients, 40 slices
+each, three quarters train, an eighth val, an eighth test. Every class of a split has
+DISTINCT pictures of its own, further names are hard links to them: each is opened,
+hashed, stored and compared like any other, but making them takes no time. A real slice
+has 512 x 512 pixels, of which 256 x 256 are stored: opening one takes longer than here.
 """
 
 import argparse
-import io
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ from cxai_jax.writer import write_json
 OUT = Path(__file__).parent / "results" / "covidx_scale.json"
 PATIENT_SLICES = 40
 SHARES = {"train": 0.75, "val": 0.125, "test": 0.125}
+DISTINCT = 200
 BATCH = 64
 CELLS = 12  # A side: what a made slice shows.
 PREFIX = ("Normal", "CP", "NCP")  # Of a patient, by class.
@@ -88,7 +90,7 @@ def make(options) -> dict:
     """Writes lists, metadata.csv and images."""
     source, random = options.folder / "source", np.random.default_rng(0)
     (source / "images").mkdir(parents=True)
-    lists, patients = {split: [] for split in SHARES}, []
+    lists, patients, drawn = {split: [] for split in SHARES}, [], {}
     ends = np.cumsum(list(SHARES.values())) * options.slices / PATIENT_SLICES
     for i in range(options.slices):
         number, slice_ = divmod(i, PATIENT_SLICES)
@@ -96,13 +98,14 @@ def make(options) -> dict:
         if slice_ == 0:
             patients.append(f"{PREFIX[label]}_{number}")
         name = f"{patients[-1]}_{number}_{slice_:04d}.png"
-        cells = random.integers(0, 256, (CELLS, CELLS), np.uint8)
-        size = (options.side, options.side)
-        picture = Image.fromarray(cells).resize(size, Image.Resampling.BILINEAR)
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG", compress_level=1)
-        (source / "images" / name).write_bytes(buffer.getvalue())
         split = list(SHARES)[int(np.searchsorted(ends, number + 0.5))]
+        pictures = drawn.setdefault((split, label), [])
+        if len(pictures) < DISTINCT:
+            picture(random, options.side).save(source / "images" / name)
+            pictures.append(name)
+        else:
+            other = source / "images" / pictures[i % DISTINCT]
+            os.link(other, source / "images" / name)
         lists[split].append(f"{name} {label} 0 0 {options.side} {options.side}\n")
     for split, lines in lists.items():
         listing = source / f"{split}_COVIDx_CT-2A.txt"
@@ -110,6 +113,12 @@ def make(options) -> dict:
     rows = "".join(f"{patient},made\n" for patient in patients)
     (source / "metadata.csv").write_text(f"patient id,source\n{rows}")
     return {"disk_mb": megabytes(source)}
+
+
+def picture(random: np.random.Generator, side: int) -> Image.Image:
+    """A made slice: `side` x `side` pixels, gray."""
+    cells = random.integers(0, 256, (CELLS, CELLS), np.uint8)
+    return Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR)
 
 
 def prepare(options) -> dict:

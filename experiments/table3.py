@@ -24,12 +24,7 @@ ROWS = (
     Row("NASNet-A-Mobile", "baseline", "", GUNRAJ, False, "own", "nasnet_mobile"),
     Row("EfficientNet-B0", "baseline", "", GUNRAJ, False, "own", "efficientnet_b0"),
     Row("COVIDNet-CT", "baseline", "gunraj", GUNRAJ, False, "own", "covidnet_ct"),
-    Row("Baseline", "baseline"),
-    Row("Baseline + CPE", "cpe"),
-    Row("SnapMix", "snapmix"),
-    Row("SnapMix + Contrastive", "contrastive"),
-    Row("SnapMix + CPE", "full"),
-    Row("Ours (Full)", "full,tta"),
+    *tables.OWN_ROWS,
 )
 # Percent. Only what experiments/README.md discusses; other figures are in the paper.
 PRINTED = {

@@ -53,6 +53,14 @@ class Table(NamedTuple):
     each_class: bool = False  # Whether two classes are rated apart, too.
 
 
+OWN_ROWS = (
+    Row("Baseline", "baseline"),
+    Row("Baseline + CPE", "cpe"),
+    Row("SnapMix", "snapmix"),
+    Row("SnapMix + Contrastive", "contrastive"),
+    Row("SnapMix + CPE", "full"),
+    Row("Ours (Full)", "full,tta"),
+)
 ROWS = (
     Row("Series Adapter", "series_adapter", "wang", WANG, backbone="resnet"),
     Row("Parallel Adapter", "parallel_adapter", "wang", WANG, backbone="resnet"),
@@ -63,12 +71,7 @@ ROWS = (
     Row("Redesign (joint)", "redesign", "wang", WANG, backbone="own"),
     Row("SepNorm", "sepnorm", "wang", WANG, backbone="own"),
     Row("SepNorm + Contrastive", "sepnorm_contrastive", "wang", WANG, backbone="own"),
-    Row("Baseline", "baseline"),
-    Row("Baseline + CPE", "cpe"),
-    Row("SnapMix", "snapmix"),
-    Row("SnapMix + Contrastive", "contrastive"),
-    Row("SnapMix + CPE", "full"),
-    Row("Ours (Full)", "full,tta"),
+    *OWN_ROWS,
 )
 REFERENCE = "Baseline"  # Of the paired differences, where it was run.
 RECIPES = ("published", "ours", "short")

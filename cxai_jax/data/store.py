@@ -347,8 +347,9 @@ def _decode_mask(record: dict) -> np.ndarray | None:
 
 
 def _summary(plan: Plan, rows: list, thumbnails: np.ndarray, skipped: list) -> dict:
-    sources, files, pixels, shapes = zip(*rows, strict=True)
+    sources, files, pixels, _ = zip(*rows, strict=True)
     splits = [s.split for s in sources]
+    present = [split for split in SPLITS if split in splits]
     names, labels = [s.name for s in sources], [s.label for s in sources]
     patients = [s.patient for s in sources]
     found = Counter(zip(splits, labels, strict=True))
@@ -360,16 +361,10 @@ def _summary(plan: Plan, rows: list, thumbnails: np.ndarray, skipped: list) -> d
         "site_names": list(plan.site_names),
         "positive": plan.positive,
         "counts": {
-            split: {c: found[split, k] for k, c in enumerate(plan.class_names)}
-            for split in SPLITS
-            if split in splits
+            s: {c: found[s, k] for k, c in enumerate(plan.class_names)} for s in present
         },
         "shapes": {
-            split: sorted(
-                {p for p, s in zip(shapes, splits, strict=True) if s == split}
-            )
-            for split in SPLITS
-            if split in splits
+            s: sorted({row[3] for row in rows if row[0].split == s}) for s in present
         },
         "fingerprint": fingerprint(splits, names, labels, pixels),
         "leakage": leakage.examine(

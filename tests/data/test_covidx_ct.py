@@ -35,7 +35,7 @@ def make_covidx(root, version="CT-2A", slices=2, folder="2A_images"):
                 for i in range(slices):
                     file = name.format(number, i)
                     pixels = random.integers(0, 80, (HEIGHT, WIDTH), np.uint8)
-                    pixels[label * 10 : label * 10 + 12, 10:40] += 120
+                    pixels[8:34, 6 : 14 + 14 * label] += 120  # Flips keep its size.
                     Image.fromarray(pixels).save(images / file)
                     lines.append(f"{file} {label} {' '.join(map(str, BOX))}\n")
         (root / f"{part}_COVIDx_{version}.txt").write_text("".join(lines))
