@@ -17,9 +17,7 @@ def get_config(words: str = "full"):
     config.data.name = "covidx_ct"
     config.data.split = "CT-2A"  # Never compared with figures on CT-1 (A25).
     config.data.fit = "train"  # The paper's counts; validation calibrates.
-    return rows.apply_rows(
-        config, words, rows.ROWS | {"binary": binary, "gunraj": gunraj}
-    )
+    return rows.apply_rows(config, words, ROWS)
 
 
 def binary(config):
@@ -43,3 +41,6 @@ def gunraj(config):
     config.train.batch_size = 8
     config.train.epochs = 20.0
     config.train.class_weights = "auto"
+
+
+ROWS = rows.ROWS | {"binary": binary, "gunraj": gunraj}

@@ -186,7 +186,7 @@ def first_batches(config, records):
 
 
 def megabytes(folder: Path) -> int:
-    """What the files in a folder hold."""
+    """What the files in a folder hold, every hard link counted."""
     return round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6)
 
 

@@ -83,24 +83,15 @@ def plan_covidx_ct(source: str | Path, split: str = "") -> Plan:
         raise FileNotFoundError(
             f"{source}: no such folder; give --source the folder that holds the lists"
         )
-    version = split.removesuffix(CROPPED)
-    listed: dict[str, tuple] = {}  # Image -> split, label, box.
-    for part in SPLITS:
-        for name, label, box in _lines(source / f"{part}_COVIDx_{version}.txt"):
-            if name in listed:
-                raise ValueError(
-                    f"{box.place}: {name!r} is listed already ({listed[name][2].place})"
-                    "; keep one line"
-                )
-            listed[name] = part, label, box
+    listed = _listed(source, split.removesuffix(CROPPED))
     folder = _folder_of(source, listed.keys())
-    absent = listed.keys() - _files(folder)
-    for name, (_, _, box) in listed.items():
-        if name in absent:
-            raise FileNotFoundError(
-                f"{box.place}: {name!r} is not in {folder} ({len(absent)} such lines); "
-                "restore it or remove the line"
-            )
+    there = _files(folder)
+    absent = [name for name in listed if name not in there]
+    if absent:
+        raise FileNotFoundError(
+            f"{listed[absent[0]][2].place}: {absent[0]!r} is not in {folder} "
+            f"({len(absent)} such lines); restore it or remove the line"
+        )
     table = source / "metadata.csv"
     known = _patients(table) if table.exists() else None
     sources, unlisted = [], []
@@ -119,8 +110,8 @@ def plan_covidx_ct(source: str | Path, split: str = "") -> Plan:
         positive=POSITIVE,
         sources=sources,
         left_out=[
-            (name, "in none of the three lists")
-            for name in sorted(_files(folder) - listed.keys())
+            (reading.printable(name), "in none of the three lists")
+            for name in sorted(there - listed.keys())
             if is_image(folder / name)
         ],
         unlisted=unlisted,
@@ -147,6 +138,20 @@ def _check(split: str) -> None:
         raise ValueError(
             f"unknown split {split!r} of covidx_ct; known: {', '.join(SPLIT_SCHEMES)}"
         )
+
+
+def _listed(source: Path, version: str) -> dict[str, tuple[str, int, Box]]:
+    """Image -> (split, class, box), from the three lists."""
+    listed: dict[str, tuple[str, int, Box]] = {}
+    for part in SPLITS:
+        for name, label, box in _lines(source / f"{part}_COVIDx_{version}.txt"):
+            if name in listed:
+                raise ValueError(
+                    f"{box.place}: {name!r} is listed already ({listed[name][2].place})"
+                    "; keep one line"
+                )
+            listed[name] = part, label, box
+    return listed
 
 
 def _lines(listing: Path) -> Iterator[tuple[str, int, Box]]:
