@@ -110,8 +110,10 @@ def smooth(count, cells, seed):
 
 
 @pytest.mark.parametrize("cells", [2, 5, 24])
-def test_no_pair_is_ruled_out_wrongly(cells, monkeypatch):
+@pytest.mark.parametrize("few", [0, 50, 10**9])
+def test_no_pair_is_ruled_out_wrongly(cells, few, monkeypatch):
     monkeypatch.setattr(leakage, "CHUNK", 16)
+    monkeypatch.setattr(leakage, "FEW", few)
     first, second = smooth(60, cells, 3), smooth(50, cells, 4)
     second[7] = 0.9 * first[11]
     r = np.corrcoef(first.reshape(60, -1), second.reshape(50, -1))[:60, 60:]
@@ -119,7 +121,8 @@ def test_no_pair_is_ruled_out_wrongly(cells, monkeypatch):
     expected = np.argwhere(r > leakage.THRESHOLD)
     assert sorted(pairs.tolist()) == expected.tolist() and [11, 7] in pairs.tolist()
     np.testing.assert_array_equal(best > leakage.SIMILAR, r.max(0) > leakage.SIMILAR)
-    bounds = leakage._bounds(first) @ leakage._bounds(second).T
+    rows, columns = leakage._standardise(first), leakage._standardise(second)
+    bounds = leakage._bounds(rows) @ leakage._bounds(columns).T
     assert (bounds >= r - 1e-5).all()
     if cells == 5:  # The point of it: most pairs need no product of whole thumbnails.
         assert np.mean(bounds > leakage.SIMILAR - 1e-4) < 0.05
