@@ -50,7 +50,8 @@ def compare(runs: dict[str, dict[int, dict]]) -> dict[str, dict]:
     Args:
       runs: system -> seed -> run, a dict of `names`, `patients` ("" unknown), `labels`,
         `sites`, `probs` [N, K], `chosen` (labels before voting), perhaps `voted`, and
-        `positive` (class index), `site_names`. The first system is the reference.
+        `positive` (class index), `site_names`, perhaps `rated` (names of all classes,
+        where each is to be rated). The first system is the reference.
 
     Returns:
       system -> score -> {"mean", "sd", "low", "high", "seeds"}; a paired difference, of
@@ -141,7 +142,7 @@ def detectable(values: np.ndarray) -> float:
 
 
 def scores(weights: np.ndarray, run: dict) -> dict[str, np.ndarray]:
-    """RATES, AUC and AUPRC, of all images and of each site.
+    """RATES, AUC and AUPRC, of all images and of each site; see also `of_classes`.
 
     Args:
       weights: [R, N], how often each image counts.
@@ -163,7 +164,9 @@ def scores(weights: np.ndarray, run: dict) -> dict[str, np.ndarray]:
 
 def _scores(weights, run: dict, rows: np.ndarray) -> dict[str, np.ndarray]:
     weights, labels, positive = weights[:, rows], run["labels"][rows], run["positive"]
+    rated = run.get("rated", ())
     found = decisions(weights, labels, run["chosen"][rows], positive)
+    found |= of_classes(weights, labels, run["chosen"][rows], rated)
     ranked = (labels == positive, run["probs"][rows][:, positive], weights)
     found["auc"] = metrics.weighted_auc(*ranked)
     found["auprc"] = metrics.weighted_average_precision(*ranked)
@@ -174,6 +177,27 @@ def _scores(weights, run: dict, rows: np.ndarray) -> dict[str, np.ndarray]:
             f"gain in {name} by voting": value - found[name]
             for name, value in after.items()
         }
+        each = of_classes(weights, labels, run["voted"][rows], rated)
+        found |= {f"{name} after voting": value for name, value in each.items()}
+    return found
+
+
+def of_classes(
+    weights: np.ndarray, labels: np.ndarray, chosen: np.ndarray, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Weighted sensitivity and PPV of each class and their means, [R]; 0/0 is 0.
+
+    Args: as `decisions`, and
+      names: of the classes; none: the result is empty.
+    """
+    found = {}
+    for c, name in enumerate(names):
+        rates = decisions(weights, labels, chosen, c)
+        found[f"sensitivity {name}"] = rates["recall"]
+        found[f"PPV {name}"] = rates["precision"]
+    for kind in ("sensitivity", "PPV") if names else ():
+        of_kind = [value for name, value in found.items() if name.startswith(kind)]
+        found[f"macro {kind}"] = np.mean(of_kind, axis=0)
     return found
 
 

@@ -3,8 +3,34 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from cxai_jax.data import dicom, transforms
+
+
+class Box(NamedTuple):
+    """A part of an image, half open, in its pixels; `place`: the line that names it."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.left} {self.top} {self.right} {self.bottom}"
+
+    def part(self, image: np.ndarray) -> np.ndarray:
+        """The pixels inside, of an image [H, W, C]; ValueError if it is smaller."""
+        height, width = image.shape[:2]
+        if self.right > width or self.bottom > height:
+            raise ValueError(
+                f"{self.place}: the box {self} exceeds its {width} x {height} pixels; "
+                "mend the line"
+            )
+        return image[self.top : self.bottom, self.left : self.right]
 
 
 @dataclass(frozen=True)
@@ -18,6 +44,7 @@ class Source:
     patient: str = ""
     site: int = 0
     lung_mask: Path | None = None  # Image of the same aspect, not 0 inside.
+    box: Box | None = None  # The body, see Plan.crop.
 
 
 @dataclass(frozen=True)
@@ -35,6 +62,7 @@ class Plan:
       left_out: (file, reason) of files that will not be stored.
       unlisted: likewise, of images that a list should have named; storing the others
         has to be asked for.
+      crop: whether to store the boxes of the sources alone; there are no masks then.
     """
 
     name: str
@@ -46,6 +74,7 @@ class Plan:
     sources: Sequence[Source]
     left_out: Sequence[tuple[str, str]] = field(default_factory=tuple)
     unlisted: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    crop: bool = False
 
 
 def class_files(source: Path, folder: str) -> list[Path]:
