@@ -48,6 +48,9 @@ class Plan:
     unlisted: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
+VERSION = "1.0.0"  # Of the layout of prepared data.
+
+
 def class_files(source: Path, folder: str) -> list[Path]:
     """The image files (by suffix, sorted) directly inside `source/folder`.
 

@@ -14,83 +14,25 @@ import io
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
+from cxai_jax import progress
 from cxai_jax.data import leakage, reading, tables, transforms
-from cxai_jax.data.plan import Plan, Source
+from cxai_jax.data.plan import VERSION, Plan, Source
 from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
 from cxai_jax.writer import read_json
 
-VERSION = "1.0.0"
 COLUMNS = ("split", "name", "label", "site", "patient")
 SUMMARY = ("name", "counts", "class_names", "site_names", "positive", "split_scheme")
 SUMMARY += ("fingerprint", "leakage")
-
-
-class ImageRecords(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder behind every prepared data set.
-
-    Args:
-      examples: split name -> iterator of (key, example), keys ascending.
-      class_names: of the label feature.
-      channels: of the images, 1 or 3.
-      lung_masks: whether the examples have the field `lung_mask`.
-      data_dir: where TFDS writes.
-    """
-
-    VERSION = tfds.core.Version(VERSION)
-    # TFDS 4.9.10 looks for download checksums beside the code, and to find the code
-    # inside a package it imports importlib_resources, which nothing installs.
-    code_path = None
-
-    def __init__(
-        self,
-        *,
-        examples: dict[str, Iterator],
-        class_names: Sequence[str],
-        channels: int,
-        lung_masks: bool,
-        data_dir: str | Path,
-    ):
-        self._examples = examples
-        self._class_names = list(class_names)
-        self._shape = (None, None, channels)
-        self._lung_masks = lung_masks
-        # tfrecord, the default format, would import TensorFlow.
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "image": tfds.features.Image(shape=self._shape, encoding_format="png"),
-            "label": tfds.features.ClassLabel(names=self._class_names),
-            "site": np.int32,
-            "patient": tfds.features.Text(),
-            "name": tfds.features.Text(),
-        }
-        if self._lung_masks:  # The bytes of a PNG, empty where there is no mask.
-            features["lung_mask"] = tfds.features.Text()
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # Rows stay in the order of index.csv.
-        )
-
-    def _split_generators(self, _) -> dict[str, Iterator]:
-        return self._examples
-
-    def _generate_examples(self, split: str) -> Iterator:
-        return self._examples[split]
 
 
 def build(
     plan: Plan,
     data_dir: str | Path,
     skip_bad: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     channels: int = 1,
     side: int | None = transforms.STORED_SIDE,
@@ -105,7 +47,6 @@ def build(
       data_dir: root of all prepared data sets.
       skip_bad: True lists unreadable and unlisted images under "skipped" instead of
         failing.
-      progress: called with (images done, images in all).
       channels: 1 stores gray images, 3 colour.
       side: pixels, short side of the stored images; None stores them as they are.
 
@@ -129,7 +70,7 @@ def build(
         before = len(rows)
         for source, result in reading.read_ahead(sources, encode):
             seen[0] += 1
-            progress(seen[0], len(plan.sources))
+            show(seen[0])
             if isinstance(result, ValueError):
                 name = reading.printable(source.file)
                 result = f"{name}: {str(result).removeprefix(f'{name}: ')}"
@@ -149,7 +90,13 @@ def build(
     used = [split for split in SPLITS if any(s.split == split for s in plan.sources)]
     target = place(data_dir, plan.name, plan.split)
     Path(data_dir).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".building-") as scratch:
+    scratched = tempfile.TemporaryDirectory(dir=data_dir, prefix=".building-")
+    preparing = progress.stage("preparing", len(plan.sources))
+    with scratched as scratch, preparing as show:
+        import tensorflow_datasets as tfds  # Takes seconds; predictions do without.
+
+        from cxai_jax.data.builder import ImageRecords
+
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS talks of downloads.
             builder = ImageRecords(
@@ -204,6 +151,8 @@ def load(
             f"--data_dir={data_dir}, or set config.data.data_dir and config.data.split "
             "to what it wrote"
         )
+    import tensorflow_datasets as tfds
+
     summary = read_json(directory / "summary.json", *SUMMARY)
     index = _read_index(directory / "index.csv")
     try:

@@ -16,6 +16,7 @@ from cxai_jax import disk
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.data.records import Dataset, Records
+from cxai_jax.progress import clock
 from cxai_jax.report import pictures
 from cxai_jax.training import preview
 from cxai_jax.training.compile import compile_run
@@ -29,7 +30,6 @@ from cxai_jax.training.run import (
     open_run,
 )
 from cxai_jax.types import Batch, PyTree
-from cxai_jax.writer import clock
 
 SAMPLE = 200  # Images per split behind the gray-level statistics.
 OVERFIT_STEPS = 5

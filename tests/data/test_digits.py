@@ -206,8 +206,12 @@ def prepared(folder):
                 },
             )
 
-    store.tfds.disable_progress_bar()
-    builder = store.ImageRecords(
+    import tensorflow_datasets as tfds
+
+    from cxai_jax.data.builder import ImageRecords
+
+    tfds.disable_progress_bar()
+    builder = ImageRecords(
         examples={"train": examples(range(4)), "test": examples(range(4, 7))},
         class_names=digits.CLASS_NAMES,
         channels=1,

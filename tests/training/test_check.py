@@ -10,7 +10,7 @@ from PIL import Image
 from small import small
 
 from configs import demo
-from cxai_jax import hosts, main
+from cxai_jax import hosts, train
 from cxai_jax.data.records import Dataset, Records
 from cxai_jax.training import check, preview, results
 from cxai_jax.training import compile as compilation
@@ -125,7 +125,7 @@ def test_swapped_labels_are_suspected(caplog):
 )
 def test_a_mistyped_command_line_is_explained(arguments, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        main.checked(arguments)
+        train.checked(arguments)
 
 
 def test_an_unused_gpu_is_pointed_out(tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_batch_too_large_is_told_the_size_that_fits():
 
 
 def test_out_of_memory_names_the_fields_to_change():
-    text = main.out_of_memory(small())
+    text = train.out_of_memory(small())
     for word in ("config.train.batch_size=8", "config.tta.chunk=64", "remat"):
         assert word in text
 
@@ -162,21 +162,21 @@ def joined(monkeypatch):
 
 
 def test_one_host_joins_nobody(joined):
-    main.join_hosts()
+    train.join_hosts()
     assert joined == []
 
 
 def test_hosts_are_found_by_slurm_or_named(joined):
     with flagsaver.flagsaver(distributed=True):
-        main.join_hosts()
+        train.join_hosts()
     with flagsaver.flagsaver(coordinator="a:1", num_processes=2, process_id=0):
-        main.join_hosts()
+        train.join_hosts()
     assert joined == [(None, None, None), ("a:1", 2, 0)]
 
 
 def test_half_named_hosts_are_refused(joined):
     with flagsaver.flagsaver(coordinator="a:1"), pytest.raises(ValueError) as error:
-        main.join_hosts()
+        train.join_hosts()
     assert "--process_id" in str(error.value) and joined == []
 
 
