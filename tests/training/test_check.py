@@ -201,3 +201,13 @@ def test_class_map_sheet_has_images_above_maps():
     # Above gray, below coloured.
     assert (np.ptp(page[:42].astype(int), axis=-1) == 0).all()
     assert np.ptp(page[42:].astype(int), axis=-1).max() > 20
+
+
+@pytest.mark.parametrize("title", ["COVID-19: 12 images", "كوفيد: 3 images", "C" * 40])
+def test_a_title_is_above_its_row_and_never_cut(title):
+    page = np.full((30, 100, 3), 200, np.uint8)
+    found = preview.titled(page, title)
+    np.testing.assert_array_equal(found[preview.TITLE :, :100], page)
+    assert found.shape[1] >= 100 and (len(title) < 40 or found.shape[1] > 300)
+    written = np.flatnonzero(found[: preview.TITLE].max((0, 2)))
+    assert len(written) > 3 * len(title) and written[-1] < found.shape[1] - 1
