@@ -11,6 +11,7 @@ import contextlib
 import csv
 import functools
 import io
+import itertools
 import json
 import tempfile
 from collections import Counter
@@ -18,79 +19,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
+from cxai_jax import progress
 from cxai_jax.data import leakage, reading, tables, transforms
-from cxai_jax.data.plan import Plan, Source
+from cxai_jax.data.plan import VERSION, Plan, Source
 from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
 from cxai_jax.writer import read_json
 
-VERSION = "1.0.0"
 COLUMNS = ("split", "name", "label", "site", "patient")
 SUMMARY = ("name", "counts", "class_names", "site_names", "positive", "split_scheme")
 SUMMARY += ("fingerprint", "leakage")
-
-
-class ImageRecords(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder behind every prepared data set.
-
-    Args:
-      examples: split name -> iterator of (key, example), keys ascending.
-      class_names: of the label feature.
-      channels: of the images, 1 or 3.
-      lung_masks: whether the examples have the field `lung_mask`.
-      data_dir: where TFDS writes.
-    """
-
-    VERSION = tfds.core.Version(VERSION)
-    # TFDS 4.9.10 looks for download checksums beside the code, and to find the code
-    # inside a package it imports importlib_resources, which nothing installs.
-    code_path = None
-
-    def __init__(
-        self,
-        *,
-        examples: dict[str, Iterator],
-        class_names: Sequence[str],
-        channels: int,
-        lung_masks: bool,
-        data_dir: str | Path,
-    ):
-        self._examples = examples
-        self._class_names = list(class_names)
-        self._shape = (None, None, channels)
-        self._lung_masks = lung_masks
-        # tfrecord, the default format, would import TensorFlow.
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "image": tfds.features.Image(shape=self._shape, encoding_format="png"),
-            "label": tfds.features.ClassLabel(names=self._class_names),
-            "site": np.int32,
-            "patient": tfds.features.Text(),
-            "name": tfds.features.Text(),
-        }
-        if self._lung_masks:  # The bytes of a PNG, empty where there is no mask.
-            features["lung_mask"] = tfds.features.Text()
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # Rows stay in the order of index.csv.
-        )
-
-    def _split_generators(self, _) -> dict[str, Iterator]:
-        return self._examples
-
-    def _generate_examples(self, split: str) -> Iterator:
-        return self._examples[split]
 
 
 def build(
     plan: Plan,
     data_dir: str | Path,
     skip_bad: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     channels: int = 1,
     side: int | None = transforms.STORED_SIDE,
@@ -105,7 +49,6 @@ def build(
       data_dir: root of all prepared data sets.
       skip_bad: True lists unreadable and unlisted images under "skipped" instead of
         failing.
-      progress: called with (images done, images in all).
       channels: 1 stores gray images, 3 colour.
       side: pixels, short side of the stored images; None stores them as they are.
 
@@ -122,15 +65,16 @@ def build(
     encode = functools.partial(
         _encode, channels=channels, side=side, with_mask=with_masks, crop=plan.crop
     )
+    oddities = Counter()
     rows = []  # (source, file digest, pixel digest, shape) of every stored image.
     thumbnails = np.empty((len(plan.sources), leakage.SIDE, leakage.SIDE), np.uint8)
 
     def examples(split):
         sources = [s for s in plan.sources if s.split == split]
         before = len(rows)
-        for source, result in reading.read_ahead(sources, encode):
+        for source, result in _each(sources, encode):
             seen[0] += 1
-            progress(seen[0], len(plan.sources))
+            show(seen[0])
             if isinstance(result, ValueError):
                 name = reading.printable(source.file)
                 result = f"{name}: {str(result).removeprefix(f'{name}: ')}"
@@ -138,9 +82,10 @@ def build(
                     raise ValueError(f"{result}; or pass --skip_bad")
                 skipped.append([source.name, result])
                 continue
-            example, animated, *described, thumbnail = result
+            example, animated, odd, *described, thumbnail = result
             if animated:
                 skipped.append([source.name, "all frames but the first"])
+            oddities.update(odd)
             thumbnails[len(rows)] = thumbnail
             rows.append((source, *described))
             yield len(rows), example
@@ -151,7 +96,13 @@ def build(
     used = [split for split in SPLITS if any(s.split == split for s in plan.sources)]
     target = place(data_dir, plan.name, plan.split)
     Path(data_dir).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".building-") as scratch:
+    scratched = tempfile.TemporaryDirectory(dir=data_dir, prefix=".building-")
+    preparing = progress.stage("preparing", len(plan.sources))
+    with scratched as scratch, preparing as show:
+        import tensorflow_datasets as tfds  # Takes seconds; predictions do without.
+
+        from cxai_jax.data.builder import ImageRecords
+
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS talks of downloads.
             builder = ImageRecords(
@@ -163,6 +114,7 @@ def build(
             )
             builder.download_and_prepare()
         summary = _summary(plan, rows, thumbnails[: len(rows)], skipped)
+        summary["oddities"] = dict(oddities)
         _check_kept(plan, summary["counts"])
         written = Path(builder.data_dir)
         _write_index(written / "index.csv", [row[0] for row in rows])
@@ -206,6 +158,8 @@ def load(
             f"--data_dir={data_dir}, or set config.data.data_dir and config.data.split "
             "to what it wrote"
         )
+    import tensorflow_datasets as tfds
+
     summary = read_json(directory / "summary.json", *SUMMARY)
     index = _read_index(directory / "index.csv")
     try:
@@ -285,20 +239,51 @@ def _check_kept(plan: Plan, counts: dict[str, dict[str, int]]) -> None:
             )
 
 
-def _encode(
-    source: Source, *, channels: int, side: int | None, with_mask: bool, crop: bool
+def _each(sources: Sequence[Source], encode: Callable) -> Iterator[tuple]:
+    """(source, what `encode` made of it or a ValueError); a file is opened once."""
+    files = [list(of) for _, of in itertools.groupby(sources, lambda one: one.file)]
+    for group, found in reading.read_ahead(files, encode):
+        failed = isinstance(found, ValueError)
+        yield from zip(group, [found] * len(group) if failed else found, strict=True)
+
+
+def _encode(group: Sequence[Source], *, channels: int, **options) -> list[tuple]:
+    """What is stored of each source; all are of one file, which may hold frames."""
+    to_channels = transforms.to_gray if channels == 1 else transforms.to_colour
+    name = reading.printable(group[0].file)
+    with reading.opened(group[0].file, transforms.memory) as data:
+        if group[0].frame is None:
+            frames = [transforms.single_frame(data, name)]
+        else:
+            frames = transforms.decode_frames(data, name)
+            if len(frames) != len(group):
+                raise ValueError(
+                    f"{name}: {len(frames)} frames where its header says {len(group)}"
+                )
+        about = transforms.is_animated(data), transforms.oddities(data)
+        digest = leakage.digest(data)
+        return [
+            _stored(source, to_channels(frame), (*about, digest), **options)
+            for source, frame in zip(group, frames, strict=True)
+        ]
+
+
+def _stored(
+    source: Source,
+    image: np.ndarray,
+    of_file: tuple,
+    *,
+    side: int | None,
+    with_mask: bool,
+    crop: bool,
 ) -> tuple:
-    """Example, is animated, file digest, pixel digest, shape, thumbnail: one image."""
-    decode = transforms.decode_gray if channels == 1 else transforms.decode_colour
-    with reading.opened(source.file, transforms.memory) as data:
-        image = decode(data, reading.printable(source.file))
-        shape = image.shape
-        if source.box:
-            body = source.box.part(image)
-            image = body if crop else image
-        animated, digest = transforms.is_animated(data), leakage.digest(data)
-        stored = transforms.as_stored(image, side)
-        png = transforms.encode_png(stored)
+    """(example, is animated, oddities, file digest, pixel digest, shape, thumbnail)."""
+    shape = image.shape
+    if source.box:
+        body = source.box.part(image)
+        image = body if crop else image
+    stored = transforms.as_stored(image, side)
+    png = transforms.encode_png(stored)
     mask = _encode_mask(source, shape, stored, side) if with_mask else None
     example = {
         "image": io.BytesIO(png),
@@ -311,8 +296,7 @@ def _encode(
         example["lung_mask"] = mask
     return (
         example,
-        animated,
-        digest,
+        *of_file,
         leakage.pixel_digest(stored),
         stored.shape,
         leakage.thumbnail(stored),

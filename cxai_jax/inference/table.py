@@ -17,7 +17,7 @@ from PIL import Image
 
 from cxai_jax import disk
 from cxai_jax.data import novelty, tables
-from cxai_jax.inference import decisions, shown_maps
+from cxai_jax.inference import choices, decisions, shown_maps
 from cxai_jax.inference.predictor import Predicted, Trained
 from cxai_jax.report import page, pictures
 from cxai_jax.report.prediction_page import prediction_report
@@ -130,7 +130,7 @@ class Answer(NamedTuple):
     """How a run answers: its model, the map that is drawn, the rule of decision."""
 
     model: Trained
-    kind: str  # Of shown_maps.MAPS.
+    kind: str  # Of choices.MAPS.
     rule: decisions.Rule
     features: dict  # Of novelty.load_features.
 
@@ -138,7 +138,7 @@ class Answer(NamedTuple):
         """HTML of what the colours of the maps mean."""
         scale = self.model.map_scale
         told = shown_maps.meaning(self.kind, scale)
-        return page.legend(scale, shown_maps.MAPS[self.kind], told)
+        return page.legend(scale, choices.MAPS[self.kind], told)
 
 
 def row(

@@ -96,7 +96,15 @@ def warnings_of(results: dict) -> list[str]:
             f"Only {fitted['held_out']} validation images: temperature, thresholds and "
             f"prediction sets fitted on fewer than {FEW} are rough guesses."
         )
-    number = results["metrics"]["all"]["number"]
+    every, classes = results["metrics"]["all"], results["data"]["class_names"]
+    low, _ = every["intervals"].get("balanced_accuracy") or (None, None)
+    if defined(low) and low <= 1 / len(classes):
+        told.append(
+            f"Balanced accuracy {with_interval(every, 'balanced_accuracy')}: chance, "
+            f"{100 / len(classes):.1f}, is within the interval, so the scores do not "
+            "show that the network has learnt anything."
+        )
+    number = every["number"]
     if number < FEW:
         told.append(f"Only {number} test images: read the intervals, not the scores.")
     for row in fitted.get("conformal", []):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cxai_jax import data, methods, models
+from cxai_jax import data, methods, models, progress
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
 from cxai_jax.data.augment import PER_IMAGE, Scale
@@ -40,9 +40,10 @@ def build_network(
     images, site = jnp.zeros((1, size, size, 3)), jnp.zeros(1, jnp.int32)
     initialise = functools.partial(model.init, x=images, mode="eval", site=site)
     key = jax.random.key(config.seed)
-    variables = (
-        jax.eval_shape(initialise, key) if abstract else jax.jit(initialise)(key)
-    )
+    with progress.stage("building the network"):
+        variables = (
+            jax.eval_shape(initialise, key) if abstract else jax.jit(initialise)(key)
+        )
     summary = {}
     if config.model.pretrained:
         variables, summary = pretrained.load_pretrained(
@@ -181,7 +182,8 @@ def open_run(config, workdir: Path, *, write: bool = False) -> Run:
     validate.check_config(config)
     started = time.monotonic()
     mesh = meshes.make_mesh()
-    sources = load_sources(config)
+    with progress.stage("reading data"):
+        sources = load_sources(config)
     scored = sources[""]
     for other in sources.values():
         if models.needs_site(config.model) and other.site_names != scored.site_names:
