@@ -6,6 +6,8 @@ from pathlib import Path
 
 from cxai_jax.data import dicom, transforms
 
+VERSION = "1.0.0"  # Of the layout of prepared data.
+
 
 @dataclass(frozen=True)
 class Source:

@@ -14,76 +14,19 @@ import io
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from cxai_jax.data import leakage, reading, tables, transforms
-from cxai_jax.data.plan import Plan, Source
+from cxai_jax.data.plan import VERSION, Plan, Source
 from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
 from cxai_jax.writer import read_json
 
-VERSION = "1.0.0"
 COLUMNS = ("split", "name", "label", "site", "patient")
 SUMMARY = ("name", "counts", "class_names", "site_names", "positive", "split_scheme")
 SUMMARY += ("fingerprint", "leakage")
-
-
-class ImageRecords(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder behind every prepared data set.
-
-    Args:
-      examples: split name -> iterator of (key, example), keys ascending.
-      class_names: of the label feature.
-      channels: of the images, 1 or 3.
-      lung_masks: whether the examples have the field `lung_mask`.
-      data_dir: where TFDS writes.
-    """
-
-    VERSION = tfds.core.Version(VERSION)
-    # TFDS 4.9.10 looks for download checksums beside the code, and to find the code
-    # inside a package it imports importlib_resources, which nothing installs.
-    code_path = None
-
-    def __init__(
-        self,
-        *,
-        examples: dict[str, Iterator],
-        class_names: Sequence[str],
-        channels: int,
-        lung_masks: bool,
-        data_dir: str | Path,
-    ):
-        self._examples = examples
-        self._class_names = list(class_names)
-        self._shape = (None, None, channels)
-        self._lung_masks = lung_masks
-        # tfrecord, the default format, would import TensorFlow.
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "image": tfds.features.Image(shape=self._shape, encoding_format="png"),
-            "label": tfds.features.ClassLabel(names=self._class_names),
-            "site": np.int32,
-            "patient": tfds.features.Text(),
-            "name": tfds.features.Text(),
-        }
-        if self._lung_masks:  # The bytes of a PNG, empty where there is no mask.
-            features["lung_mask"] = tfds.features.Text()
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # Rows stay in the order of index.csv.
-        )
-
-    def _split_generators(self, _) -> dict[str, Iterator]:
-        return self._examples
-
-    def _generate_examples(self, split: str) -> Iterator:
-        return self._examples[split]
 
 
 def build(
@@ -116,6 +59,8 @@ def build(
       ValueError: for an unreadable or unlisted image, a name given twice, a label or
         split out of range, or a split of which no image can be read.
     """
+    from cxai_jax.data import builder as builders  # TFDS is slow to import.
+
     _check(plan, skip_bad)
     skipped = [list(item) for item in (*plan.left_out, *plan.unlisted)]
     with_masks = any(source.lung_mask for source in plan.sources)
@@ -150,9 +95,8 @@ def build(
     target = place(data_dir, plan.name, plan.split)
     Path(data_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".building-") as scratch:
-        tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS talks of downloads.
-            builder = ImageRecords(
+            builder = builders.ImageRecords(
                 examples={split: examples(split) for split in used},
                 class_names=plan.class_names,
                 channels=channels,
@@ -194,6 +138,8 @@ def load(
       FileNotFoundError: if it has not been prepared.
       ValueError: if its files do not fit together.
     """
+    import tensorflow_datasets as tfds  # Slow to import, and phantoms need none.
+
     directory = place(data_dir, name, split)
     if not (directory / "summary.json").is_file():
         others = sorted(p.parts[-3] for p in directory.parents[1].glob("*/*/*.json"))

@@ -19,10 +19,8 @@ from itertools import combinations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.ndimage import distance_transform_edt
 from scipy.sparse import coo_matrix
 from scipy.sparse.linalg import spsolve
-from scipy.stats import rankdata
 
 from cxai_jax.types import Array, PyTree
 
@@ -55,6 +53,8 @@ def pointing_game(
     Returns:
       [B]; the share of hits among tied maxima.
     """
+    from scipy.ndimage import distance_transform_edt  # SciPy is slow to import.
+
     maps, masks = _cells(maps, masks)
     near = np.stack([distance_transform_edt(~m) <= tolerance for m in masks])
     top = maps == maps.max(axis=(1, 2), keepdims=True)
@@ -115,6 +115,8 @@ def localisation_auc(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
     Mann-Whitney form with mid-ranks; NaN for an empty and for a full mask.
     """
+    from scipy.stats import rankdata
+
     maps, masks = _cells(maps, masks)
     flat = masks.reshape(len(masks), -1)
     ranks = rankdata(maps.reshape(len(maps), -1), axis=1)
@@ -163,6 +165,8 @@ def empty_fraction(maps: np.ndarray) -> float:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation of two maps [B, H, W] -> [B]; NaN if one is flat."""
+    from scipy.stats import rankdata
+
     a, b = (rankdata(s.reshape(len(s), -1), axis=1) for s in _same_grid(a, b))
     a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
     norm = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
