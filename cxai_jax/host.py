@@ -9,8 +9,6 @@ EfficientNet-Lite0's (experiments/results/benchmark_cpu*_default_malloc.json).
 
 import ctypes
 import os
-import signal
-import sys
 
 import jax
 from jax._src import xla_bridge  # There is no public way to ask what has begun.
@@ -82,54 +80,3 @@ def be_deterministic() -> None:
             "config.deterministic=True comes too late, a GPU is in use already; set "
             f"XLA_FLAGS={DETERMINISTIC} before Python starts"
         )
-
-
-class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that what runs can be ended in order.
-
-    A KeyboardInterrupt in the middle of XLA's work may crash the process or be lost.
-    Inside another one the outer one listens.
-    """
-
-    listening: "StopSignal | None" = None
-
-    def __init__(self):
-        self.asked = 0
-        self._before = {}
-
-    def __enter__(self):
-        if StopSignal.listening:
-            return StopSignal.listening
-        if jax.process_count() > 1:  # There JAX's own preemption service listens.
-            return self
-        StopSignal.listening = self
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # Only the main thread may listen to signals.
-                break
-        return self
-
-    def __exit__(self, *_):
-        if StopSignal.listening is self:
-            StopSignal.listening = None
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame):
-        if self.asked:  # The second time means now.
-            raise KeyboardInterrupt(number)
-        self.asked = int(number)
-
-
-def stop_if_asked(where: str) -> None:
-    """Ends the process, in order, if a StopSignal is in force and was asked."""
-    if StopSignal.listening and (number := StopSignal.listening.asked):
-        stop(number, where)
-
-
-def stop(number: int, where: str):
-    """Ends the process with one line and the exit code of a signal."""
-    name = signal.Signals(number).name
-    print(f"stopped by {name} {where}; the same command continues", flush=True)
-    sys.exit(128 + number)

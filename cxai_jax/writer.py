@@ -1,13 +1,10 @@
-"""Where a run's numbers go: metrics.jsonl and the console always; TensorBoard where
-tensorboardX is installed (extra `log`), Weights & Biases where WANDB_PROJECT is set."""
+"""Where a run's numbers go: metrics.jsonl always; TensorBoard where tensorboardX is
+installed (extra `log`), Weights & Biases where WANDB_PROJECT is set."""
 
 import hashlib
 import json
 import math
 import os
-import shutil
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -67,15 +64,13 @@ def strict(value):
 
 
 class Writer:
-    """Appends metrics to `workdir/metrics.jsonl` and shows progress on the console.
+    """Appends metrics to `workdir/metrics.jsonl`.
 
     Only the first process of a multi-host run writes.
     """
 
     def __init__(self, workdir: Path, *, start_step: int, active: bool = True):
         self.active = active
-        self._quiet = bool(os.environ.get("CI"))
-        self._terminal = sys.stdout.isatty() and not self._quiet
         self._path = workdir / "metrics.jsonl"
         self._tensorboard = self._wandb = None
         if not active:
@@ -127,20 +122,6 @@ class Writer:
         if self.active:
             print(text, flush=True)
 
-    def progress(self, text: str, *, last: bool = False) -> None:
-        """A line that overwrites itself on a terminal and is a plain line elsewhere.
-
-        Where the environment variable CI is set, only the last one is shown.
-        """
-        if not self.active or (self._quiet and not last):
-            return
-        if self._terminal:
-            # A wrapped line cannot be overwritten and would stay.
-            text = text[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[2K{text}", end="\n" if last else "", flush=True)
-        else:
-            print(text, flush=True)
-
     def close(self) -> None:
         if self._tensorboard:
             self._tensorboard.close()
@@ -176,26 +157,3 @@ def _step_of(row: str) -> int | None:
         return int(json.loads(row)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # A line cut short by a crash, or damaged.
-
-
-class Timer:
-    """Images per second and remaining time, measured between log steps."""
-
-    def __init__(self, total_steps: int, step: int, batch_size: int):
-        self._total, self._batch = total_steps, batch_size
-        self._step, self._time = step, time.monotonic()
-
-    def lap(self, step: int) -> tuple[float, float]:
-        """(images/s since the last lap, seconds left at that pace)."""
-        now = time.monotonic()
-        rate = max(step - self._step, 1) / max(now - self._time, 1e-9)
-        self._step, self._time = step, now
-        return rate * self._batch, (self._total - step) / rate
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    seconds = round(seconds)
-    hours, rest = divmod(seconds, 3600)
-    minutes, rest = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

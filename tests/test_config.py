@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs import common, from_json, rows
-from cxai_jax import main
+from cxai_jax import train
 from cxai_jax.config import (
     PACKAGED,
     check_overrides,
@@ -149,9 +149,9 @@ def test_values_from_json_are_validated_as_all_others(tmp_path):
 
 def test_a_json_file_is_a_config_of_the_command():
     read = "--config=configs/from_json.py:a/b.json"
-    assert main.through_json("--config=a/b.json") == read
+    assert train.through_json("--config=a/b.json") == read
     for argument in (read, "--config=configs/demo.py", "--config.seed=x.json"):
-        assert main.through_json(argument) == argument
+        assert train.through_json(argument) == argument
 
 
 def test_a_config_is_a_file_or_the_name_of_one_in_the_package(tmp_path, monkeypatch):

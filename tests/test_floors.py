@@ -13,7 +13,17 @@ import cxai_jax
 PACKAGE = REPO / "cxai_jax"
 # From the ground up; folders of one floor do not import each other.
 FLOORS = [
-    {"config", "types", "mesh", "host", "hosts", "disk", "writer"},
+    {
+        "config",
+        "types",
+        "mesh",
+        "host",
+        "hosts",
+        "disk",
+        "writer",
+        "signals",
+        "progress",
+    },
     {"maps", "models"},
     {"objectives", "data"},
     {"voting"},
@@ -22,7 +32,8 @@ FLOORS = [
     {"report"},
     {"training"},
     {"inference"},
-    {"main", "predict"},
+    {"train", "predict", "commands"},
+    {"main"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
@@ -75,7 +86,7 @@ def test_no_imports_in_a_circle():
 
 def test_the_table_of_folders_is_current():
     text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for room in set(FLOOR) - FLOORS[0] - FLOORS[-1]:
+    for room in set(FLOOR) - FLOORS[0] - FLOORS[-2] - FLOORS[-1]:
         used = {
             target.partition(".")[0]
             for name, path in MODULES.items()

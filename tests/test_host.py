@@ -1,5 +1,4 @@
 import os
-import signal
 import subprocess
 import sys
 
@@ -48,26 +47,6 @@ def test_programs_too_large_to_keep_give_their_memory_back():
 def test_other_c_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(host.ctypes, "CDLL", lambda _: object())
     assert not host.keep_freed_memory()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_remembered_and_ends_in_order(number, capsys):
-    before = signal.getsignal(number)
-    with host.StopSignal() as stop:
-        host.stop_if_asked("here")  # Nobody asked.
-        with host.StopSignal() as inner:
-            assert inner is stop
-        os.kill(os.getpid(), number)
-        with pytest.raises(SystemExit) as ended:
-            host.stop_if_asked("at step 7")
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)  # The second time means now.
-    assert ended.value.code == 128 + number
-    assert capsys.readouterr().out == (
-        f"stopped by {number.name} at step 7; the same command continues\n"
-    )
-    assert signal.getsignal(number) == before
-    host.stop_if_asked("here")
 
 
 def test_deterministic_sets_the_flag_or_says_that_it_is_too_late(monkeypatch):

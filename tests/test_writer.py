@@ -7,28 +7,13 @@ import types
 import numpy as np
 import pytest
 
-from cxai_jax.writer import Writer, clock, write_json
+from cxai_jax.writer import Writer, write_json
 
 
 @pytest.fixture
 def no_tensorboard(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-
-
-def test_progress_is_quiet_in_ci_and_events_are_not(
-    tmp_path, no_tensorboard, monkeypatch, capsys
-):
-    monkeypatch.setenv("CI", "true")
-    writer = Writer(tmp_path, start_step=0)
-    writer.say("compiled")
-    writer.progress("step 1")
-    writer.progress("step 2", last=True)
-    assert capsys.readouterr().out.split("\n") == ["compiled", "step 2", ""]
-    monkeypatch.delenv("CI")
-    writer = Writer(tmp_path, start_step=0)
-    writer.progress("step 1")
-    assert capsys.readouterr().out == "step 1\n"
 
 
 def test_json_is_json_whatever_the_numbers(tmp_path, no_tensorboard):
@@ -60,17 +45,6 @@ def test_json_is_json_whatever_the_numbers(tmp_path, no_tensorboard):
         "loss": None,
         "cpe": 2.0,
     }
-
-
-def test_progress_is_never_wider_than_the_terminal(
-    tmp_path, no_tensorboard, monkeypatch, capsys
-):
-    monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    Writer(tmp_path, start_step=0).progress("step 1 " + "loss 1.234 " * 20, last=True)
-    line = capsys.readouterr().out.removeprefix("\r\x1b[2K").rstrip("\n")
-    assert len(line) == 39 and line.startswith("step 1 loss")
 
 
 def test_pictures_are_made_only_where_somebody_shows_them(tmp_path, no_tensorboard):
@@ -123,7 +97,3 @@ def test_wandb_that_is_asked_for_but_missing_is_an_error(
     monkeypatch.setenv("WANDB_PROJECT", "chests")
     with pytest.raises(ImportError, match="WANDB_PROJECT.*pip install wandb"):
         Writer(tmp_path, start_step=0)
-
-
-def test_clock():
-    assert clock(59.6) == "1:00" and clock(3661) == "1:01:01"

@@ -3,7 +3,9 @@
 python -m tools.export_model --workdir=runs/b --out=model.bin [--votes=31] [--site=A]
 """
 
-from cxai_jax.inference.export import main
+import sys
+
+from cxai_jax.commands import export
 
 if __name__ == "__main__":
-    main()
+    sys.exit(export())

@@ -5,7 +5,7 @@ python tools/prepare_data.py --dataset=site_b --source=DIR --data_dir=data
 
 import sys
 
-from cxai_jax.data.prepare import main
+from cxai_jax.commands import prepare
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(prepare())

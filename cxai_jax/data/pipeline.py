@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cxai_jax import mesh as meshes
+from cxai_jax import progress
 from cxai_jax.data import transforms
 from cxai_jax.data.records import Records
 from cxai_jax.types import Batch
@@ -107,10 +108,12 @@ def decode_all(
       images would take more than `max_bytes`.
     """
     pairs, canvas, rows = [], (0, 0, 0), np.arange(len(records))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    reading = progress.stage("reading images", len(rows))
+    with reading as show, ThreadPoolExecutor(os.cpu_count()) as pool:
         for pair in pool.map(
             lambda row: read(records, int(row), fit, with_masks), rows
         ):
+            show(len(pairs) + 1)
             canvas = tuple(int(n) for n in np.maximum(canvas, pair[0].shape))
             too_big = len(rows) * np.prod(canvas) > max_bytes
             pairs.append(None if too_big else pair)

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from cxai_jax.data import dicom, transforms
 
-VERSION = "1.0.0"  # Of the layout of prepared data.
-
 
 @dataclass(frozen=True)
 class Source:
@@ -48,6 +46,9 @@ class Plan:
     sources: Sequence[Source]
     left_out: Sequence[tuple[str, str]] = field(default_factory=tuple)
     unlisted: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+
+VERSION = "1.0.0"  # Of the layout of prepared data.
 
 
 def class_files(source: Path, folder: str) -> list[Path]:

@@ -12,9 +12,10 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from cxai_jax import progress
 from cxai_jax.data import DATASETS, store
 from cxai_jax.data.leakage import SIMILAR
 from cxai_jax.data.plan import Plan
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     start = time.monotonic()
     try:
-        spec, plan = DATASETS[options.dataset], make_plan(options)
+        with progress.stage("reading the folder"):
+            spec, plan = DATASETS[options.dataset], make_plan(options)
         check_new(plan, options.data_dir, options.overwrite)
         if options.skip_bad or not plan.unlisted:  # Else `build` names what is.
             check_classes(plan)
@@ -35,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plan,
             options.data_dir,
             options.skip_bad,
-            make_progress(),
             channels=spec.channels,
             side=spec.side,
         )
@@ -139,23 +140,6 @@ def check_classes(plan: Plan) -> None:
                     f"{name!r}; add images or patients of it, or list others for "
                     f"{split!r} in splits.csv"
                 )
-
-
-def make_progress() -> Callable[[int, int], None]:
-    """A bar on a terminal, a plain line every tenth elsewhere."""
-    start = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            bar = "#" * (40 * done // total)
-            rate = done / max(time.monotonic() - start, 1e-9)
-            end = "\n" if done == total else ""
-            text = f"\r[{bar:<40}] {done}/{total} images, {rate:.0f}/s"
-            print(text, end=end, file=sys.stderr, flush=True)
-        elif done * 10 // total > (done - 1) * 10 // total:
-            print(f"{done}/{total} images", file=sys.stderr, flush=True)
-
-    return show
 
 
 def describe(summary: dict) -> str:

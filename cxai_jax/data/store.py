@@ -14,11 +14,11 @@ import io
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from cxai_jax import progress
 from cxai_jax.data import leakage, reading, tables, transforms
 from cxai_jax.data.plan import VERSION, Plan, Source
 from cxai_jax.data.records import SPLITS, Dataset, Mapped, Records, fingerprint
@@ -33,7 +33,6 @@ def build(
     plan: Plan,
     data_dir: str | Path,
     skip_bad: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     channels: int = 1,
     side: int | None = transforms.STORED_SIDE,
@@ -48,7 +47,6 @@ def build(
       data_dir: root of all prepared data sets.
       skip_bad: True lists unreadable and unlisted images under "skipped" instead of
         failing.
-      progress: called with (images done, images in all).
       channels: 1 stores gray images, 3 colour.
       side: pixels, short side of the stored images; None stores them as they are.
 
@@ -59,8 +57,6 @@ def build(
       ValueError: for an unreadable or unlisted image, a name given twice, a label or
         split out of range, or a split of which no image can be read.
     """
-    from cxai_jax.data import builder as builders  # TFDS is slow to import.
-
     _check(plan, skip_bad)
     skipped = [list(item) for item in (*plan.left_out, *plan.unlisted)]
     with_masks = any(source.lung_mask for source in plan.sources)
@@ -74,7 +70,7 @@ def build(
         before = len(rows)
         for source, result in reading.read_ahead(sources, encode):
             seen[0] += 1
-            progress(seen[0], len(plan.sources))
+            show(seen[0])
             if isinstance(result, ValueError):
                 name = reading.printable(source.file)
                 result = f"{name}: {str(result).removeprefix(f'{name}: ')}"
@@ -94,9 +90,16 @@ def build(
     used = [split for split in SPLITS if any(s.split == split for s in plan.sources)]
     target = place(data_dir, plan.name, plan.split)
     Path(data_dir).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".building-") as scratch:
+    scratched = tempfile.TemporaryDirectory(dir=data_dir, prefix=".building-")
+    preparing = progress.stage("preparing", len(plan.sources))
+    with scratched as scratch, preparing as show:
+        import tensorflow_datasets as tfds  # Takes seconds; predictions do without.
+
+        from cxai_jax.data.builder import ImageRecords
+
+        tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS talks of downloads.
-            builder = builders.ImageRecords(
+            builder = ImageRecords(
                 examples={split: examples(split) for split in used},
                 class_names=plan.class_names,
                 channels=channels,
@@ -138,8 +141,6 @@ def load(
       FileNotFoundError: if it has not been prepared.
       ValueError: if its files do not fit together.
     """
-    import tensorflow_datasets as tfds  # Slow to import, and phantoms need none.
-
     directory = place(data_dir, name, split)
     if not (directory / "summary.json").is_file():
         others = sorted(p.parts[-3] for p in directory.parents[1].glob("*/*/*.json"))
@@ -150,6 +151,8 @@ def load(
             f"--data_dir={data_dir}, or set config.data.data_dir and config.data.split "
             "to what it wrote"
         )
+    import tensorflow_datasets as tfds
+
     summary = read_json(directory / "summary.json", *SUMMARY)
     index = _read_index(directory / "index.csv")
     try:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cxai_jax.inference.choices import POINTS
 from cxai_jax.report.page import INCONCLUSIVE
 from cxai_jax.scoring.calibration import conformal_sets, softmax
 
-POINTS = ("spec90", "spec95", "sens90", "sens95")
 COVERAGE = 0.9  # Of the prediction sets.
 
 

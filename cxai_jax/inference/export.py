@@ -112,6 +112,8 @@ def export_bundle(given: argparse.Namespace) -> str:
 
 def export_file(given: argparse.Namespace) -> str:
     """Writes the StableHLO file; says what it takes and gives."""
+    import flatbuffers  # noqa: F401 - jax needs it last, and does not say its name.
+
     model = load(given.workdir)
     model.config.tta.k = given.votes
     sites = list(chosen_sites(model, given.site).values())

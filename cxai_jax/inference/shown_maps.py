@@ -14,18 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cxai_jax.data.augment import normalise
+from cxai_jax.inference.choices import CAM, MAPS
 from cxai_jax.inference.predictor import Predicted, Trained
 from cxai_jax.maps import saliency
 from cxai_jax.report import page, pictures
 
-CAM = "cam"
-MAPS = {
-    CAM: "Class activation map (CAM)",
-    "gradcam": "Grad-CAM, one stage before the last",
-    "hirescam": "HiResCAM, one stage before the last",
-    "gradient": "Size of the input gradient",
-    "occlusion": "Occlusion: drop of the logit when a cell is covered",
-}
 FORMS = {"gradcam": "gradcam", "hirescam": "hires"}
 MULTIPLE = 8  # Of its mean is the highest colour of an input gradient.
 

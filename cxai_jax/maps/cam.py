@@ -21,6 +21,15 @@ from cxai_jax.types import Array
 FLAT = 1e-6
 
 
+def check_labels(labels: Array) -> None:
+    """Raises ValueError unless these are class numbers, int [B]."""
+    if jnp.ndim(labels) != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels are {labels.dtype} {list(labels.shape)}, expected one integer "
+            "class number per image, [B]; of one-hot labels give labels.argmax(-1)"
+        )
+
+
 def class_activation_map(features: Array, kernel: Array, labels: Array) -> Array:
     """C_i[r, c] = sum_d F_i[r, c, d] W[d, y_i], in float32.
 
@@ -34,8 +43,10 @@ def class_activation_map(features: Array, kernel: Array, labels: Array) -> Array
       Map [B, h, w], float32.
 
     Raises:
-      ValueError: if features and kernel disagree on D.
+      ValueError: if features and kernel disagree on D, or the labels are no class
+        numbers, such as one-hot ones.
     """
+    check_labels(labels)
     if features.shape[-1] != kernel.shape[0]:
         raise ValueError(
             f"features {features.shape} end in D = {features.shape[-1]} but the kernel "

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from cxai_jax.maps.cam import is_flat
+from cxai_jax.maps.cam import check_labels, is_flat
 from cxai_jax.types import Array
 
 # What config.loss.scores hands to the cross-entropy. "sigmoid" is a slip of Wang et al.
@@ -42,7 +42,12 @@ def mixed_cross_entropy(
 
     Returns:
       Loss per image [B], float32.
+
+    Raises:
+      ValueError: if the labels are no class numbers, such as one-hot ones.
     """
+    check_labels(labels_a)
+    check_labels(labels_b)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
 
     def cross_entropy(labels):
@@ -169,8 +174,10 @@ def supervised_nt_xent(
       Loss per image [B], float32.
 
     Raises:
-      ValueError: if the temperature is not positive.
+      ValueError: if the temperature is not positive, or the labels are no class
+        numbers, such as one-hot ones.
     """
+    check_labels(labels)
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, it must be positive")
     count = embeddings.shape[0]

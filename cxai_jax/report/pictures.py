@@ -94,15 +94,14 @@ def overlay(gray: np.ndarray, class_map: np.ndarray, scale: float) -> np.ndarray
     heat = enlarged(class_map * (256 / max(scale, 1e-12)), gray.shape)
     heat = np.clip(heat, 0, 255).astype(np.uint8)
     drawn = _hazes().take(gray * np.uint16(256) + heat, axis=0)
-    passed = _levels_passed()[heat]
+    passed = sum((heat >= int(256 * level)).view(np.uint8) for level in LEVELS)
     width = max(1, round(min(gray.shape) / 200))
     lowest = _spread(np.minimum, passed, width)
     highest = _spread(np.maximum, passed, width)
     # A line inside each level, a dark rim outside: it is seen on bone as well.
     line, rim = passed > lowest, passed < highest
-    drawn[line] = np.round(colours(np.array((0, *LEVELS)))).astype(np.uint8)[
-        passed[line]
-    ]
+    inks = np.round(colours(np.array((0, *LEVELS))))
+    drawn[line] = inks[passed[line]]
     drawn[rim] >>= (highest - passed)[rim][:, None]
     return drawn
 
@@ -115,18 +114,9 @@ def _hazes() -> np.ndarray:
     """
     gray, heat = np.divmod(np.arange(256 * 256), 256)
     alpha = HAZE * np.sqrt(heat / 255) * (heat > FAINT) * (1 - np.square(gray / 255))
-    haze = colours(heat / 255)
-    return np.round(gray[:, None] + alpha[:, None] * (haze - gray[:, None])).astype(
-        np.uint8
-    )
-
-
-@functools.cache
-def _levels_passed() -> np.ndarray:
-    """How many of LEVELS a heat of 0..255 has reached, uint8 [256]."""
-    return np.searchsorted(256 * np.array(LEVELS), np.arange(256), "right").astype(
-        np.uint8
-    )
+    gray, alpha = gray[:, None], alpha[:, None]
+    drawn = gray + alpha * (colours(heat / 255) - gray)
+    return np.round(drawn).astype(np.uint8)
 
 
 def _spread(extreme: Callable, values: np.ndarray, times: int) -> np.ndarray:
@@ -209,23 +199,23 @@ def panel(gray: np.ndarray, overlaid: np.ndarray, legend: str) -> np.ndarray:
       legend: what the bar's right end stands for.
     """
     height, width = gray.shape[:2]
-    drawn = np.zeros((height + STRIP, 2 * width + GAP, 3), np.uint8)
-    drawn[:height, :width] = gray.reshape(height, width, 1)
-    drawn[:height, width + GAP :] = overlaid
-    drawn[height:] = _strip(2 * width + GAP, legend)
-    return drawn
+    drawn = Image.new("RGB", (2 * width + GAP, height + STRIP))
+    drawn.paste(Image.fromarray(gray.reshape(height, width)).convert("RGB"), (0, 0))
+    drawn.paste(Image.fromarray(overlaid), (width + GAP, 0))
+    drawn.paste(_strip(drawn.width, legend), (0, height))
+    return np.asarray(drawn)
 
 
 @functools.lru_cache
-def _strip(across: int, legend: str) -> np.ndarray:
-    """The colour bar from 0 to its legend: uint8 [16, across, 3]."""
+def _strip(across: int, legend: str) -> Image.Image:
+    """The colour bar from 0 to its legend, 16 rows."""
     strip, width = Image.new("RGB", (across, STRIP)), min(80, across // 3)
     bar = np.broadcast_to(colours(np.linspace(0, 1, width)), (STRIP - 6, width, 3))
     strip.paste(Image.fromarray(bar.astype(np.uint8)), (12, 3))
     draw = ImageDraw.Draw(strip)
     draw.text((3, 2), "0", fill="white")
     draw.text((width + 16, 2), legend, fill="white")
-    return np.asarray(strip)
+    return strip
 
 
 def halves(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

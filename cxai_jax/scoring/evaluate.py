@@ -4,6 +4,7 @@ The predictions file is the border: metrics, tables, figures and the (k, theta) 
 read it and never load a model.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from cxai_jax import disk, host
+from cxai_jax import disk, progress, signals
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
 from cxai_jax.data.augment import Scale
@@ -55,8 +56,8 @@ class Evaluator:
           variables: params and batch_stats.
           records: the split.
           votes: False runs only the images themselves, whatever `tta.k`.
-          stoppable: a signal ends the process between two batches, as is right where
-            nothing is lost that was not saved.
+          stoppable: a signal ends the process, as is right where nothing is lost that
+            was not saved.
 
         Returns:
           names, patients str [N]; labels, sites int32 [N]; logits float32 [N, K];
@@ -67,14 +68,17 @@ class Evaluator:
         fit = pipeline.fit_for_scoring(config)
         channels = records.images[0].shape[-1]
         canvas = (config.data.image_size, config.data.image_size, channels)
-        run, parts = self._predict if votes else self._look, []
-        for batch, rows in pipeline.scoring_batches(
-            records, fit, canvas, config.eval.batch_size, self.mesh
-        ):
-            if stoppable:
-                host.stop_if_asked("in scoring")
-            out = jax.device_get(run(variables, batch.images, batch.sites))
-            parts.append({name: value[: len(rows)] for name, value in out.items()})
+        run, parts, done = self._predict if votes else self._look, [], 0
+        ends = signals.at_once("in scoring") if stoppable else nullcontext()
+        with progress.stage("scoring", len(records)) as show, ends:
+            for batch, rows in pipeline.scoring_batches(
+                records, fit, canvas, config.eval.batch_size, self.mesh
+            ):
+                if stoppable:
+                    signals.stop_if_asked("in scoring")
+                out = jax.device_get(run(variables, batch.images, batch.sites))
+                parts.append({name: value[: len(rows)] for name, value in out.items()})
+                show(done := done + len(rows))
         stacked = {n: np.concatenate([p[n] for p in parts]) for n in parts[0]}
         return {
             "names": np.asarray(records.names, str),

@@ -16,6 +16,7 @@ from cxai_jax import disk
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir
 from cxai_jax.data.records import Dataset, Records
+from cxai_jax.progress import clock
 from cxai_jax.report import pictures
 from cxai_jax.training import preview
 from cxai_jax.training.compile import compile_run
@@ -29,7 +30,6 @@ from cxai_jax.training.run import (
     open_run,
 )
 from cxai_jax.types import Batch, PyTree
-from cxai_jax.writer import clock
 
 SAMPLE = 200  # Images per split behind the gray-level statistics.
 OVERFIT_STEPS = 5
@@ -131,11 +131,13 @@ def gray_levels(records: Records) -> tuple[float, float, str]:
 def montage(config, dataset: Dataset, fit: Records) -> np.ndarray:
     """Rows of `preview.COLUMNS` images: each class, then augmented and mixed ones."""
     rows = []
-    for label in range(len(dataset.class_names)):
+    for label, name in enumerate(dataset.class_names):
         own = np.flatnonzero(fit.labels == label)
         chosen = own[np.linspace(0, len(own) - 1, preview.COLUMNS).astype(int)]
-        rows.append(preview.sheet([fit.images[int(row)] for row in chosen]))
-    rows.append(preview.training_sheet(config, fit))
+        images = preview.sheet([fit.images[int(row)] for row in chosen])
+        rows.append(preview.titled(images, f"{name}: {len(own)} images"))
+    seen = preview.training_sheet(config, fit)
+    rows.append(preview.titled(seen, "as the step sees them, augmented and mixed"))
     width = max(row.shape[1] for row in rows)
     return np.concatenate(
         [np.pad(row, [(0, 4), (0, width - row.shape[1]), (0, 0)]) for row in rows]

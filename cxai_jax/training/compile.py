@@ -6,6 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from cxai_jax import mesh as meshes
+from cxai_jax import progress
 from cxai_jax.data import pipeline
 from cxai_jax.methods.method import in_one_call
 from cxai_jax.training.finite import skip_not_finite
@@ -51,9 +52,10 @@ def compile_step(train_step, state, streams, step: int, config, mesh: Mesh):
     # fixed, so that the second call receives what the first was compiled for.
     jitted = jax.jit(call, donate_argnums=0, out_shardings=meshes.replicated(mesh))
     begun = time.monotonic()
-    lowered = jitted.lower(state, splits, *first, key)
-    traced = time.monotonic()
-    compiled = lowered.compile()
+    with progress.stage("compiling"):
+        lowered = jitted.lower(state, splits, *first, key)
+        traced = time.monotonic()
+        compiled = lowered.compile()
     memory = compiled.memory_analysis()
     check_memory(memory, config.train.batch_size)
     about = {

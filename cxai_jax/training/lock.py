@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cxai_jax import disk
+from cxai_jax import disk, signals
 
 FILE = "training.lock"
 BEAT_S = 30.0
@@ -51,15 +51,21 @@ def training(workdir: Path, *, active: bool = True) -> Iterator[None]:
     done = threading.Event()
     beat = threading.Thread(target=_renew, args=(path, done), daemon=True)
     beat.start()
-    try:
-        yield
-    finally:
+
+    def release() -> None:
         done.set()
         beat.join()
         # Where the disk failed the lock stays, and is stale once this process ends.
         with contextlib.suppress(OSError), _alone(path) as file:
             if file.read() == mine:  # Nobody took it for stale meanwhile.
                 path.unlink()
+
+    signals.LAST.append(release)
+    try:
+        yield
+    finally:
+        signals.LAST.remove(release)
+        release()
 
 
 def holder(workdir: Path) -> str:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cxai_jax import host
+from cxai_jax import host, progress, signals
 from cxai_jax import mesh as meshes
 from cxai_jax.config import claim_workdir, read_config
 from cxai_jax.methods.method import Method
@@ -29,7 +29,7 @@ from cxai_jax.training.run import (
     make_plan,
     open_run,
 )
-from cxai_jax.writer import Timer, Writer, clock
+from cxai_jax.writer import Writer
 
 RESUME = (
     "Continue with the data as they were, train on these in another --workdir, or add "
@@ -61,17 +61,19 @@ def train(config, workdir: Path, *, force_resume: bool = False) -> dict:
     if config.deterministic:
         host.be_deterministic()
     active = jax.process_index() == 0
-    with host.StopSignal(), lock.training(workdir, active=active):
+    with signals.StopSignal(), lock.training(workdir, active=active):
         return train_alone(config, workdir, force_resume)
 
 
 def train_alone(config, workdir: Path, force_resume: bool) -> dict:
     """`train` in a workdir that is held for it."""
-    claim_workdir(config, workdir, write=jax.process_index() == 0)
-    run = open_run(config, workdir, write=True)
-    plan = make_plan(run)
-    state = initial_state(run, plan.method)
-    step, restored = 0, resume.restore(run, state, force=force_resume, advice=RESUME)
+    with signals.at_once(progress.where):
+        claim_workdir(config, workdir, write=jax.process_index() == 0)
+        run = open_run(config, workdir, write=True)
+        plan = make_plan(run)
+        state = initial_state(run, plan.method)
+        restored = resume.restore(run, state, force=force_resume, advice=RESUME)
+    step = 0
     if restored:
         state, step, about = restored
         state = meshes.put_replicated(state, run.mesh)
@@ -81,9 +83,9 @@ def train_alone(config, workdir: Path, force_resume: bool) -> dict:
         writer.say(f"continuing {workdir} at step {step} of {plan.total_steps}")
     compiled = {}
     if step < plan.total_steps and not selection.stopped(config, run.curve):
-        host.stop_if_asked("before compilation")
-        advance, compiled = compile_run(run, plan, state, step)
-        host.stop_if_asked("after compilation")
+        with signals.at_once(progress.where):
+            advance, compiled = compile_run(run, plan, state, step)
+        signals.stop_if_asked("after compiling")
         announce(run, plan, writer, compiled, step)
         try:
             state, step = loop(
@@ -129,12 +131,12 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
         "score": round(config.eval_every_epochs * steps_per_epoch),
         "save": round(config.checkpoint_every_epochs * steps_per_epoch),
     }
-    timer = Timer(total_steps, step, config.batch_size)
     pending, waiting, begun = [], 0.0, time.monotonic()
-    saved_at = begun
+    saved_at, told_at, told_step = begun, begun, step
     blocked = 0.0  # Seconds in which the host waited for the devices instead.
-    with host.StopSignal() as stop:
-        last = False
+    training = progress.stage("training", total_steps, "steps", done=step)
+    with signals.StopSignal() as stop, training as show:
+        first, last = step + config.steps_per_call, False
         while not last:
             state, metrics, waited = advance(state)
             pending.append(metrics)
@@ -151,12 +153,18 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
             )
             if due["save"] and not due["log"]:
                 finite.check(plan, pending, step)
-            if due["log"]:
+            if due["log"] or step == first or show.due():
                 asked_at = time.monotonic()
                 jax.block_until_ready(pending)
                 blocked += time.monotonic() - asked_at
                 finite.check(plan, pending, step)
-                log(writer, timer, pending, step, total_steps, steps_per_epoch)
+                means = finite.means(jax.device_get(pending))
+                pace = (step - told_step) / (time.monotonic() - told_at)
+                told_at, told_step = time.monotonic(), step
+                means["images_per_s"] = pace * config.batch_size
+                show(step, told(plan, step, means, pace), now=True)
+            if due["log"]:
+                writer.scalars(step, means)
                 pending = []
             if due["score"] and (periods["score"] or config.selection == "best_val"):
                 score_curve(run, plan.method, writer, state, step)
@@ -173,7 +181,7 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
             if asked and not last:
                 run.checkpoints.wait()
                 writer.close()
-                host.stop(stop.asked or signal.SIGTERM, f"at step {step}")
+                signals.stop(stop.asked or signal.SIGTERM, f"at step {step}")
     # A host that runs ahead waits for images while the devices are busy, and makes up
     # for it at the next log step.
     share = (waiting - blocked) / max(time.monotonic() - begun, 1e-9)
@@ -184,6 +192,17 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
             100 * share,
         )
     return state, step
+
+
+def told(plan: Plan, step: int, means: dict, pace: float) -> str:
+    """A line of progress: means since the last log step, at `pace` steps/s."""
+    terms = " ".join(f"{name} {value:.4g}" for name, value in means.items())
+    terms = terms.replace("images_per_s", "images/s")
+    left = progress.clock((plan.total_steps - step) / pace)
+    return (
+        f"step {step}/{plan.total_steps} epoch {step / plan.steps_per_epoch:.1f} "
+        f"{terms} ETA {left}"
+    )
 
 
 def overdue(minutes: float, saved_at: float, together: bool) -> bool:
@@ -235,7 +254,7 @@ def score(config, workdir: Path) -> dict:
       ValueError: for another config or other data than the run has trained on.
     """
     read_config(workdir)  # A mistyped workdir is refused before anything is written.
-    with host.StopSignal():
+    with signals.StopSignal():
         return score_alone(config, workdir)
 
 
@@ -259,17 +278,3 @@ def score_alone(config, workdir: Path) -> dict:
         logging.warning("%s is writing in %s: results go to %s", who, workdir, run.out)
     state = meshes.put_replicated(state, run.mesh)
     return conclude(run, method, state, steps=step, compiled={})
-
-
-def log(writer, timer, pending, step, total_steps, steps_per_epoch) -> None:
-    """Reads the pending metrics off the device, writes and shows their means."""
-    values = jax.device_get(pending)
-    means = finite.means(values)
-    rate, left = timer.lap(step)
-    writer.scalars(step, {**means, "images_per_s": rate})
-    terms = " ".join(f"{name} {value:.4g}" for name, value in means.items())
-    writer.progress(
-        f"step {step}/{total_steps} epoch {step / steps_per_epoch:.1f} {terms} "
-        f"{rate:.1f} images/s ETA {clock(left)}",
-        last=step == total_steps,
-    )

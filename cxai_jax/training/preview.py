@@ -4,10 +4,13 @@ Made from a few images on the host's request, never inside the step.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from cxai_jax.data import pipeline
 from cxai_jax.data.augment import augment, options
@@ -17,6 +20,7 @@ from cxai_jax.report import pictures
 
 COLUMNS = 8
 SIDE = 112  # Pixels of each tile at most.
+TITLE = 20  # Pixels, height of a row's title.
 
 
 def training_sheet(config, records: Records) -> np.ndarray:
@@ -71,6 +75,17 @@ def class_map_sheet(predictions: dict, records: Records) -> np.ndarray:
     scale = pictures.common_scale(maps)
     overlaid = [pictures.overlay(*pair, scale) for pair in zip(gray, maps, strict=True)]
     return sheet([*gray, *overlaid])
+
+
+def titled(page: np.ndarray, title: str) -> np.ndarray:
+    """A strip with a title above uint8 [H, W, 3], wider where the title is."""
+    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")  # Of most scripts.
+    font = ImageFont.truetype(fonts / "DejaVuSans.ttf", 13)
+    width = max(page.shape[1], int(font.getlength(title)) + 4)
+    strip = Image.new("RGB", (width, TITLE))
+    ImageDraw.Draw(strip).text((2, 1), title, font=font, fill="white")
+    below = np.pad(page, [(0, 0), (0, width - page.shape[1]), (0, 0)])
+    return np.concatenate([np.asarray(strip), below])
 
 
 def sheet(images: Sequence[np.ndarray]) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cxai_jax import data, methods, models
+from cxai_jax import data, methods, models, progress
 from cxai_jax import mesh as meshes
 from cxai_jax.data import pipeline
 from cxai_jax.data.augment import PER_IMAGE, Scale
@@ -41,10 +41,11 @@ def build_network(
         images, site = jnp.zeros((1, size, size, 3)), jnp.zeros(1, jnp.int32)
         return model.init(key, images, "eval", site)
 
-    if abstract:  # All of it inside: nothing is compiled.
-        variables = jax.eval_shape(lambda: initialise(jax.random.key(0)))
-    else:
-        variables = jax.jit(initialise)(jax.random.key(config.seed))
+    with progress.stage("building the network"):
+        if abstract:  # All of it inside: nothing is compiled.
+            variables = jax.eval_shape(lambda: initialise(jax.random.key(0)))
+        else:
+            variables = jax.jit(initialise)(jax.random.key(config.seed))
     summary = {}
     if config.model.pretrained:
         variables, summary = pretrained.load_pretrained(
@@ -183,7 +184,8 @@ def open_run(config, workdir: Path, *, write: bool = False) -> Run:
     validate.check_config(config)
     started = time.monotonic()
     mesh = meshes.make_mesh()
-    sources = load_sources(config)
+    with progress.stage("reading data"):
+        sources = load_sources(config)
     scored = sources[""]
     for other in sources.values():
         if models.needs_site(config.model) and other.site_names != scored.site_names:

@@ -9,8 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cxai_jax.data import builder as builders
-from cxai_jax.data import digits, tfds_digits, transforms
+from cxai_jax.data import digits, store, tfds_digits, transforms
 
 SIDES = {"mnist": (28, 1), "usps": (16, 1), "mnist_m": (32, 3)}
 
@@ -207,7 +206,12 @@ def prepared(folder):
                 },
             )
 
-    builder = builders.ImageRecords(
+    import tensorflow_datasets as tfds
+
+    from cxai_jax.data.builder import ImageRecords
+
+    tfds.disable_progress_bar()
+    builder = ImageRecords(
         examples={"train": examples(range(4)), "test": examples(range(4, 7))},
         class_names=digits.CLASS_NAMES,
         channels=1,
@@ -222,7 +226,7 @@ def prepared(folder):
 def as_tfrecord(folder):
     """Rewrites prepared array_record files in TFDS's older format."""
     for file in folder.glob("*.array_record*"):
-        reader = builders.tfds.core.utils.lazy_imports_utils.array_record_module
+        reader = store.tfds.core.utils.lazy_imports_utils.array_record_module
         records = reader.ArrayRecordReader(str(file)).read_all()
         name = file.name.replace("array_record", "tfrecord")
         (folder / name).write_bytes(b"".join(map(framed, records)))

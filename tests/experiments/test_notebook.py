@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import matplotlib
 import pytest
@@ -39,9 +40,35 @@ def test_nothing_upgrades_jax(cells):
         if line.startswith(("%", "!")) and "install" in line
     ]
     assert shell
-    assert [line for line in shell if "{ROOT}[" in line]
+    assert [line for line in shell if "{ROOT}[data,pretrained,dicom]" in line]
     for line in shell:
         assert not {"-U", "--upgrade", "jax", "jaxlib", "libtpu"} & set(line.split())
+
+
+def test_uploads_come_first_and_long_output_is_folded(cells):
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    asking = [number for number, text in enumerate(code) if "files.upload" in text]
+    assert asking == [1]  # Behind the settings: nobody has to come back for it.
+    assert code[0].count("@param") == 6
+    for cell in cells:
+        text = "".join(cell["source"])
+        long = "pip install" in text or "loop.train(" in text
+        assert cell["metadata"].get("collapsed", False) == long, text
+
+
+def test_an_upload_is_asked_for_and_found_from_anywhere(cells, monkeypatch):
+    given = iter(["chests.zip", "one.dcm"])
+    files = types.SimpleNamespace(upload=lambda: {next(given): b""})
+    monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(files=files))
+    code = list(sources(cells))
+    settings = (
+        code[0].replace('"phantom"', '"zip"').replace('IMAGE = ""', 'IMAGE = "upload"')
+    )
+    names = {}
+    exec(settings, names)
+    exec(code[1], names)
+    assert (names["ZIP"].name, names["IMAGE"].name) == ("chests.zip", "one.dcm")
+    assert names["ZIP"].is_absolute() and names["IMAGE"].is_absolute()
 
 
 def test_every_code_cell_is_python(cells):

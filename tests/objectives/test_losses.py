@@ -1,10 +1,13 @@
 """Losses against float64 loops, at extremes, and where their gradient goes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cxai_jax.maps import cam
 from cxai_jax.objectives import losses
 
 
@@ -231,3 +234,21 @@ def test_nt_xent_without_negatives_or_positives_is_zero(labels):
 def test_nt_xent_refuses_a_temperature_of_zero():
     with pytest.raises(ValueError, match="must be positive"):
         losses.supervised_nt_xent(jnp.ones((2, 2)), jnp.array([0, 1]), temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    "labels", [jnp.eye(3), jnp.eye(3, dtype=jnp.int32), jnp.array([0.0, 1.0, 2.0])]
+)
+def test_one_hot_labels_are_told(labels):
+    numbers, ones = jnp.arange(3), jnp.ones(3)
+    said = re.escape(
+        f"labels are {labels.dtype} {list(labels.shape)}, expected one integer class "
+        "number per image, [B]; of one-hot labels give labels.argmax(-1)"
+    )
+    for a, b in ((labels, numbers), (numbers, labels)):
+        with pytest.raises(ValueError, match=said):
+            losses.mixed_cross_entropy(jnp.zeros((3, 3)), a, b, ones, ones)
+    with pytest.raises(ValueError, match=said):
+        losses.supervised_nt_xent(jnp.zeros((3, 4)), labels)
+    with pytest.raises(ValueError, match=said):
+        cam.class_activation_map(jnp.zeros((3, 2, 2, 4)), jnp.zeros((4, 3)), labels)

@@ -97,3 +97,15 @@ def test_a_workdir_without_a_run_is_one_line(tmp_path, capsys):
         export.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}"])
     assert stopped.value.code == 2
     assert "is not the workdir of a run" in capsys.readouterr().err
+
+
+def test_without_flatbuffers_the_file_is_refused_before_any_work(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    monkeypatch.setattr(export, "load", lambda _: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as stopped:
+        export.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x'}"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said == "error: this needs flatbuffers: pip install flatbuffers\n"

@@ -10,7 +10,7 @@ from PIL import Image
 from small import small
 
 from configs import demo
-from cxai_jax import hosts, main
+from cxai_jax import hosts, train
 from cxai_jax.data.records import Dataset, Records
 from cxai_jax.training import check, preview, results
 from cxai_jax.training import compile as compilation
@@ -125,7 +125,7 @@ def test_swapped_labels_are_suspected(caplog):
 )
 def test_a_mistyped_command_line_is_explained(arguments, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        main.checked(arguments)
+        train.checked(arguments)
 
 
 def test_an_unused_gpu_is_pointed_out(tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_batch_too_large_is_told_the_size_that_fits():
 
 
 def test_out_of_memory_names_the_fields_to_change():
-    text = main.out_of_memory(small())
+    text = train.out_of_memory(small())
     for word in ("config.train.batch_size=8", "config.tta.chunk=64", "remat"):
         assert word in text
 
@@ -162,21 +162,21 @@ def joined(monkeypatch):
 
 
 def test_one_host_joins_nobody(joined):
-    main.join_hosts()
+    train.join_hosts()
     assert joined == []
 
 
 def test_hosts_are_found_by_slurm_or_named(joined):
     with flagsaver.flagsaver(distributed=True):
-        main.join_hosts()
+        train.join_hosts()
     with flagsaver.flagsaver(coordinator="a:1", num_processes=2, process_id=0):
-        main.join_hosts()
+        train.join_hosts()
     assert joined == [(None, None, None), ("a:1", 2, 0)]
 
 
 def test_half_named_hosts_are_refused(joined):
     with flagsaver.flagsaver(coordinator="a:1"), pytest.raises(ValueError) as error:
-        main.join_hosts()
+        train.join_hosts()
     assert "--process_id" in str(error.value) and joined == []
 
 
@@ -201,3 +201,13 @@ def test_class_map_sheet_has_images_above_maps():
     # Above gray, below coloured.
     assert (np.ptp(page[:42].astype(int), axis=-1) == 0).all()
     assert np.ptp(page[42:].astype(int), axis=-1).max() > 20
+
+
+@pytest.mark.parametrize("title", ["COVID-19: 12 images", "كوفيد: 3 images", "C" * 40])
+def test_a_title_is_above_its_row_and_never_cut(title):
+    page = np.full((30, 100, 3), 200, np.uint8)
+    found = preview.titled(page, title)
+    np.testing.assert_array_equal(found[preview.TITLE :, :100], page)
+    assert found.shape[1] >= 100 and (len(title) < 40 or found.shape[1] > 300)
+    written = np.flatnonzero(found[: preview.TITLE].max((0, 2)))
+    assert len(written) > 3 * len(title) and written[-1] < found.shape[1] - 1
