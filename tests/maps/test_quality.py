@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.sparse import diags_array, lil_array
-from scipy.sparse.linalg import splu
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from cxai_jax.maps import imputation
 from cxai_jax.maps import quality as metrics
+from experiments.road_cost import sparse_solution
 
 GOLDEN = json.loads(
     (Path(__file__).parents[1] / "golden" / "explanation_metrics.json").read_text()
@@ -110,23 +109,6 @@ def test_imputation_agrees_with_quantus():
     got = imputation.impute(image[None], keep.reshape(1, 8, 8))[0]
     np.testing.assert_allclose(got[..., 0], VALUES["imputed"], atol=2e-6)
     np.testing.assert_allclose(got[..., 1], 2 * got[..., 0], atol=2e-6)
-
-
-def sparse_solution(image, keep):
-    """The system of ROAD by a sparse direct solve in float64: [H, W, C]."""
-    height, width = keep.shape
-    places = np.arange(keep.size).reshape(keep.shape)
-    weights = lil_array((keep.size, keep.size))
-    for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        one = places[: height - dy, max(0, -dx) : width - max(0, dx)].ravel()
-        other = one + dy * width + dx
-        weights[one, other] = weights[other, one] = 1 / 12 if dy and dx else 1 / 6
-    weights, kept = weights.tocsr(), keep.ravel()
-    laplace = diags_array(weights.sum(1)) - weights
-    filled = image.astype(np.float64).reshape(keep.size, -1)
-    known = weights[~kept][:, kept] @ filled[kept]
-    filled[~kept] = splu(laplace.tocsc()[~kept][:, ~kept].tocsc()).solve(known)
-    return filled.reshape(image.shape)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
