@@ -190,8 +190,8 @@ def share_outside(class_map: np.ndarray, inside: np.ndarray, scale: float) -> fl
     return float(drawn[~inside].sum() / total) if total > 0 else 0.0
 
 
-def panel(gray: np.ndarray, overlaid: np.ndarray, legend: str) -> np.ndarray:
-    """Image, overlay and below them the colour bar: uint8 [H + 16, 2 W + 4, 3].
+def panel(gray: np.ndarray, overlaid: np.ndarray, legend: str) -> Image.Image:
+    """Image, overlay and below them the colour bar: RGB, H + 16 rows of 2 W + 4.
 
     Args:
       gray: uint8 [H, W] or [H, W, 1].
@@ -203,7 +203,7 @@ def panel(gray: np.ndarray, overlaid: np.ndarray, legend: str) -> np.ndarray:
     drawn.paste(Image.fromarray(gray.reshape(height, width)).convert("RGB"), (0, 0))
     drawn.paste(Image.fromarray(overlaid), (width + GAP, 0))
     drawn.paste(_strip(drawn.width, legend), (0, height))
-    return np.asarray(drawn)
+    return drawn
 
 
 @functools.lru_cache
@@ -255,11 +255,13 @@ def shrink(image: np.ndarray, height: int) -> np.ndarray:
     return np.asarray(picture)
 
 
-def encode(image: np.ndarray, kind: str, *, quality: int = 80) -> bytes:
-    """The "PNG" or "JPEG" file of a uint8 image [H, W] or [H, W, 3]."""
+def encode(image: np.ndarray | Image.Image, kind: str, *, quality: int = 80) -> bytes:
+    """The "PNG" or "JPEG" file of a uint8 image [H, W] or [H, W, 3], or of a picture."""
     buffer = io.BytesIO()
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     options = {"quality": quality} if kind == "JPEG" else {"compress_level": 1}
-    Image.fromarray(image).save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

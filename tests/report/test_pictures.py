@@ -141,13 +141,14 @@ def test_a_panel_gives_back_its_halves(shape):
     random = np.random.default_rng(0)
     gray = random.integers(0, 255, shape, np.uint8)
     overlaid = random.integers(0, 255, (*shape, 3), np.uint8)
-    panel = pictures.panel(gray, overlaid, "CAM of sick, 0 to 3.1")
+    drawn = pictures.panel(gray, overlaid, "CAM of sick, 0 to 3.1")
+    panel = np.asarray(drawn)
     left, right = pictures.halves(panel)
     np.testing.assert_array_equal(left, np.repeat(gray[..., None], 3, axis=2))
     np.testing.assert_array_equal(right, overlaid)
     bar = panel[-pictures.STRIP // 2, 12 : 12 + min(80, panel.shape[1] // 3)]
     assert bar[-1].sum() > bar[0].sum()
-    kept = Image.open(io.BytesIO(pictures.encode(panel, "PNG")))
+    kept = Image.open(io.BytesIO(pictures.encode(drawn, "PNG")))
     np.testing.assert_array_equal(np.asarray(kept), panel)
 
 
