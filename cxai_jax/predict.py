@@ -3,7 +3,7 @@
 The same as python -m cxai_jax.predict. With --model=DIR it takes a bundle, which
 cxai-export --bundle wrote, instead of a workdir.
 
-Writes predictions.csv, patients.csv where patients are known, overlays/*.png and
+Writes predictions.csv, patients.csv where patients are known, overlays/*.jpg and
 report.html to DIR. Exit code 0: everything was predicted; 1: some files were not, the
 page says why; 2: nothing was; 128 + n: stopped by signal n, --resume continues.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cxai_jax import signals
-from cxai_jax.inference.choices import CAM, CONTINUES, MAPS, POINTS
+from cxai_jax.inference.choices import CAM, CONTINUES, MAPS, OVERLAYS, POINTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +47,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=window, help="CENTER,WIDTH for DICOM files")
     parser.add_argument("--site", default="", help="NAME of the images' site, or each")
     parser.add_argument("--map", default=CAM, help=f"one of {', '.join(MAPS)}")
+    parser.add_argument(
+        "--overlays",
+        default=OVERLAYS[0],
+        choices=OVERLAYS,
+        help="which images are drawn with their map, on the page as well",
+    )
     parser.add_argument(
         "--operating_point",
         default="",

@@ -96,7 +96,6 @@ def perform(config, workdir: Path) -> str:
     """Does what --mode says; returns what is to be printed."""
     import jax
 
-    from cxai_jax.inference.external import score_external
     from cxai_jax.report.terminal import summary
     from cxai_jax.training import check
     from cxai_jax.training.loop import score, train
@@ -110,6 +109,8 @@ def perform(config, workdir: Path) -> str:
         logging.warning(warning)
     out = workdir
     if ON.value:
+        from cxai_jax.inference.external import score_external
+
         out, results = score_external(config, workdir, ON.value)
     elif MODE.value == "eval":
         results = score(config, workdir)

@@ -370,15 +370,10 @@ class Voting:
     def one_by_one(self, images) -> Array:
         """Probabilities of all variants, each from a call with one image."""
         seen = self.look(self.variables, images)
-        masks = rules.plan_masks(
-            seen["images"],
-            seen["cells"],
-            grid=self.size // self.config.patch,
-            fill=self.config.fill,
-        )
 
         def probs(row: int, masked: int) -> Array:
-            variant = early_exit.masked_rows(masks, np.array([row]), np.array([masked]))
+            chosen = np.array([row]), np.array([masked])
+            variant = early_exit.masked_rows(seen["masks"], *chosen)
             return self.forward(variant, np.array([row]))[0]
 
         votes = [
@@ -392,12 +387,9 @@ class Voting:
         seen = self.look(self.variables, images)
         return early_exit.vote_early(
             self.forward,
-            seen["images"],
-            seen["cells"],
+            seen["masks"],
             seen["probs"],
             theta=theta,
-            grid=self.size // self.config.patch,
-            fill=self.config.fill,
             chunk=self.config.chunk,
             carried=seen.get("prefix"),
         )

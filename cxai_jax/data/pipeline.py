@@ -12,10 +12,9 @@ Both give the same batches for the same seed.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -154,11 +153,14 @@ def training_rows(records: Records, site_repeats: tuple, batch_size: int) -> np.
     return rows
 
 
-def row_stream(rows: np.ndarray, batch_size: int, seed: int) -> grain.MapDataset:
+def row_stream(rows: np.ndarray, batch_size: int, seed: int) -> Sequence[np.ndarray]:
     """`stream[step]` is the row numbers [B] of that step; reshuffled each epoch.
 
-    The last len(rows) % batch_size rows of each epoch's order are dropped (A29).
+    The last len(rows) % batch_size rows of each epoch's order are dropped (A29). It is
+    a grain.MapDataset.
     """
+    import grain  # Slow to import, and who only predicts does not train.
+
     return (
         grain.MapDataset.source(rows)
         .seed(seed)
@@ -185,7 +187,7 @@ def device_budget(residency: str) -> float:
 
 
 def row_blocks(
-    stream: grain.MapDataset, start: int, per_call: int, batch_size: int, mesh: Mesh
+    stream: Sequence[np.ndarray], start: int, per_call: int, batch_size: int, mesh: Mesh
 ) -> Iterator[jax.Array]:
     """Row numbers of `per_call` steps at a time, int32 [per_call, B], B sharded."""
     mine = meshes.local_rows(batch_size, mesh)
@@ -197,7 +199,7 @@ def row_blocks(
 
 def host_batches(
     records: Records,
-    stream: grain.MapDataset,
+    stream: Sequence[np.ndarray],
     start: int,
     fit,
     canvas,
@@ -205,6 +207,7 @@ def host_batches(
     mesh: Mesh,
 ) -> Iterator[Batch]:
     """Global batches from `start` on, decoded by grain threads one step ahead."""
+    import grain
 
     def load(rows):
         mine = rows[meshes.local_rows(len(rows), mesh)]

@@ -8,5 +8,6 @@ MAPS = {
     "gradient": "Size of the input gradient",
     "occlusion": "Occlusion: drop of the logit when a cell is covered",
 }
+OVERLAYS = ("all", "flagged", "none")
 POINTS = ("spec90", "spec95", "sens90", "sens95")
 CONTINUES = "the same command with --resume continues"

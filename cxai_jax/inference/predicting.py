@@ -7,7 +7,9 @@ import os
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NoReturn
@@ -90,7 +92,7 @@ def run(given: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
         try:
             sites = chosen_sites(model, given.site)
             rule = make_rule(model.results, given.operating_point)
-            answer = Answer(model, given.map, rule, features)
+            answer = Answer(model, given.map, rule, features, given.overlays)
             programs = given.workdir and given.workdir / "executables"
             predictor = Predictor(model, make_mesh(), programs)
             draw = make_maps(model, given.map, predictor.batch_size)
@@ -99,7 +101,8 @@ def run(given: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
     if sites:
         about["sites"] = list(sites)
     about |= {"step": model.step, "tta": model.config.tta.to_dict()}
-    about |= {"map": given.map, "decision": answer.rule.text}
+    about |= {"map": given.map, "overlays": given.overlays}
+    about |= {"decision": answer.rule.text}
     about["patient ids"] = "as given" if given.keep_ids else "hashed"
     about = json.loads(json.dumps(about | {"window": given.window}))
     (given.out / "overlays").mkdir(parents=True, exist_ok=True)
@@ -114,7 +117,8 @@ def run(given: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
         if not same:
             refuse(
                 f"{done} was made with another model, --votes, --site, --window, "
-                "--map, --keep_ids or --operating_point; choose another --out"
+                "--map, --overlays, --keep_ids or --operating_point; choose another "
+                "--out"
             )
     write_json(given.out / "about.json", about)
     with signals.StopSignal():  # Until the page is written as well.
@@ -193,7 +197,14 @@ def predict(
     waiting, begun, number, saved, stopped = [], time.monotonic(), 0, 0, 0
     opened_names, failed, lost = [], len(found.errors), set()
     predicting = progress.stage("predicting", len(files), "files")
-    with signals.StopSignal() as stop, predicting as show:
+    drawing, pool = deque(), ThreadPoolExecutor(reading.READERS)
+
+    def keep(most: int) -> None:
+        """Writes the rows of all batches but the last `most`."""
+        while len(drawing) > most:
+            table.add([one.result() for one in drawing.popleft()])
+
+    with signals.StopSignal() as stop, predicting as show, pool:
         for place, (path, opened) in enumerate(reading.read_ahead(files, prepare), 1):
             if isinstance(opened, ValueError):
                 name = reading.printable(path)
@@ -222,12 +233,15 @@ def predict(
                 errors += [(name, NOT_FINITE) for name in bad]
                 lost.update(bad)
                 by_site = {name: answers[name] for name in shown(sites)}
-                table.add(
+                drawing.append(
                     [
-                        row(batch[i], outcome, i, maps[i], answer, out, by_site)
+                        pool.submit(
+                            row, batch[i], outcome, i, maps[i], answer, out, by_site
+                        )
                         for i in np.flatnonzero(finite)
                     ]
                 )
+                keep(1)  # The other is drawn while the next batch is predicted.
                 number += len(batch)
                 saved += outcome.saved
             if number > before or last:
@@ -236,6 +250,7 @@ def predict(
             if stop.asked and (waiting or not last):
                 stopped = stop.asked
                 break
+        keep(0)
     table.add([{"file": name, "error": text} for name, text in errors])
     table.close()
     if saved:

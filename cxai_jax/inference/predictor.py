@@ -70,7 +70,9 @@ def load(workdir: Path) -> Trained:
     except (AttributeError, KeyError, TypeError) as error:
         path = workdir / "config.json"
         raise ValueError(f"{path} does not describe a network: {error}") from error
-    template = jax.eval_shape(method.init, jax.random.key(0), network.variables)
+    template = jax.eval_shape(
+        lambda variables: method.init(jax.random.key(0), variables), network.variables
+    )
     kind = "best" if config.train.selection == "best_val" else "latest"
     checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore(kind, template)
@@ -249,7 +251,6 @@ class Predictor:
             jit = Executables(folder, config=config.to_json(), **names).jit
         self.batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
         self._tta, self._mesh = config.tta, mesh
-        self._grid = config.data.image_size // config.tta.patch
         self._variables = meshes.put_replicated(trained.variables, mesh)
         self._early = bool(config.tta.k) and config.tta.early_exit
         make = make_first_look if self._early else make_voting_step
@@ -273,7 +274,7 @@ class Predictor:
             site = np.pad(np.asarray(site, np.int32), filler[0], mode="edge")
         sites = meshes.put_rows(site, self._mesh)
         seen = self._look(self._variables, padded, sites)
-        probs = np.asarray(seen["probs"][:number])
+        probs = np.asarray(seen["probs"])[:number]  # A slice by JAX is compiled.
         first = probs if self._early else probs[:, 0]
         before = first.argmax(1)
         after, opposing, cast, saved = before, None, None, 0
@@ -282,14 +283,11 @@ class Predictor:
                 functools.partial(self._forward, self._variables, sites)
                 if "prefix" in seen
                 else functools.partial(self._vote, site),
-                seen["images"][:number],
-                seen["cells"][:number],
+                seen["masks"],
                 first,
                 theta=tta_config.theta,
-                grid=self._grid,
-                fill=tta_config.fill,
                 chunk=tta_config.chunk,
-                carried=seen["prefix"][:number] if "prefix" in seen else None,
+                carried=seen.get("prefix"),
             )
             after, opposing, cast, saved = (
                 votes.labels,
@@ -298,11 +296,11 @@ class Predictor:
                 votes.saved,
             )
         elif tta_config.k:
-            votes = jax.tree.map(lambda x: np.asarray(x[:number]), seen["votes"])
+            votes = jax.tree.map(lambda x: np.asarray(x)[:number], seen["votes"])
             after, opposing = votes.labels, votes.opposing
             cast = np.full(number, tta_config.k)
-        maps = np.asarray(seen["class_maps"][:number])
-        pooled = np.asarray(seen["pooled"][:number])
+        maps = np.asarray(seen["class_maps"])[:number]
+        pooled = np.asarray(seen["pooled"])[:number]
         return Predicted(first, maps, before, after, opposing, cast, pooled, saved)
 
     def _vote(self, site, masked: jax.Array, rows: np.ndarray) -> jax.Array:

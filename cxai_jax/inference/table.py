@@ -26,6 +26,7 @@ from cxai_jax.report.scores import percent
 OVERLAY_HEIGHT = 320  # Pixels at most.
 SEPARATOR = " | "  # Of the classes in a prediction set.
 LARGE = 500  # Rows from which the page has smaller pictures.
+QUALITY = 90  # Of an overlay's JPEG file.
 HEIGHTS = (224, 72)  # Pixels of the pictures of a page, a large page.
 
 
@@ -123,7 +124,7 @@ def read(
 def overlay_name(name: str) -> str:
     """A file name for the overlay of an image: legible, safe and unique."""
     stem = re.sub(r"[^\w.-]+", "_", Path(name).name)[:60]
-    return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.png"
+    return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.jpg"
 
 
 class Answer(NamedTuple):
@@ -133,6 +134,7 @@ class Answer(NamedTuple):
     kind: str  # Of choices.MAPS.
     rule: decisions.Rule
     features: dict  # Of novelty.load_features.
+    overlays: str = "all"  # Of choices.OVERLAYS: which are drawn.
 
     def legend(self) -> str:
         """HTML of what the colours of the maps mean."""
@@ -150,7 +152,7 @@ def row(
     out: Path,
     by_site: Mapping[str, Predicted],
 ) -> dict:
-    """The row of image `i` of a predicted batch; writes its overlay under `out`.
+    """The row of image `i` of a predicted batch; writes its overlay, if drawn.
 
     Args:
       one: the image.
@@ -162,16 +164,19 @@ def row(
       by_site: the answers that have columns of their own.
     """
     model, names = answer.model, answer.model.class_names
-    overlay = Path("overlays", overlay_name(one.name))
-    heated = pictures.overlay(one.shown, class_map, model.map_scale)
-    legend = f"{answer.kind} of {names[found.before[i]]}, 0 to {model.map_scale:.3g}"
-    panel = pictures.panel(one.shown, heated, legend)
-    disk.write(out / overlay, pictures.encode(panel, "PNG"))
     outside = pictures.share_outside(
         class_map, pictures.body(one.shown), model.map_scale
     )
     (foreign,) = novelty.foreign(found.pooled[i : i + 1], answer.features)
     doubts = [foreign, *one.flags, page.looks_outside(outside, "the body")]
+    flags, overlay = "; ".join(filter(None, doubts)), ""
+    if answer.overlays == "all" or (answer.overlays == "flagged" and flags):
+        overlay = f"overlays/{overlay_name(one.name)}"
+        heated = pictures.overlay(one.shown, class_map, model.map_scale)
+        legend = f"{answer.kind} of {names[found.before[i]]}"
+        legend += f", 0 to {model.map_scale:.3g}"
+        panel = pictures.panel(one.shown, heated, legend)
+        disk.write(out / overlay, pictures.encode(panel, "JPEG", quality=QUALITY))
 
     def chances(answer: Predicted, at: str = "") -> dict:
         probs = zip(names, answer.probs[i], strict=True)
@@ -199,8 +204,8 @@ def row(
         else f"{{{SEPARATOR.join(candidates)}}}",
         "opposing_votes": "" if found.opposing is None else str(found.opposing[i]),
         "votes_cast": "" if found.cast is None else str(found.cast[i]),
-        "flags": "; ".join(filter(None, doubts)),
-        "overlay": overlay.as_posix(),
+        "flags": flags,
+        "overlay": overlay,
         **chances(found),
         **columns,
     }
@@ -227,8 +232,9 @@ def report_rows(
 
     def picture(row: dict) -> tuple[bytes, bytes]:
         try:
-            with Image.open(folder / row["overlay"], formats=("PNG",)) as panel:
-                both = pictures.halves(np.asarray(panel))
+            with Image.open(folder / row["overlay"], formats=("JPEG", "PNG")) as panel:
+                plain, mapped = pictures.halves(np.asarray(panel))
+                both = plain[..., 1], mapped  # The image itself is gray.
                 both = (pictures.shrink(half, height) for half in both)
                 return tuple(pictures.encode(half, "JPEG") for half in both)
         except OSError:

@@ -6,8 +6,8 @@ those. Ties in a map score their expected value under random order, so an empty
 (constant) map scores as a uniform one and not by the accident of a sort.
 
 Maps are rectified here (S+ = max(S, 0)) where a metric speaks of energy. The metrics
-that call the model take `probabilities`, images [B, H, W, C] -> [B, K]; all except ROAD
-are pure JAX and may be jitted as a whole. Read agreement together with entropy and
+that call the model take `probabilities`, images [B, H, W, C] -> [B, K], are pure
+JAX and may be jitted as a whole. Read agreement together with entropy and
 the empty fraction: agreement up with entropy up is collapse, not success.
 
 One list of small functions, longer than other files so that all can be compared.
@@ -19,11 +19,8 @@ from itertools import combinations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.ndimage import distance_transform_edt
-from scipy.sparse import coo_matrix
-from scipy.sparse.linalg import spsolve
-from scipy.stats import rankdata
 
+from cxai_jax.maps.imputation import impute
 from cxai_jax.types import Array, PyTree
 
 Probabilities = Callable[[Array], Array]
@@ -55,6 +52,8 @@ def pointing_game(
     Returns:
       [B]; the share of hits among tied maxima.
     """
+    from scipy.ndimage import distance_transform_edt  # SciPy is slow to import.
+
     maps, masks = _cells(maps, masks)
     near = np.stack([distance_transform_edt(~m) <= tolerance for m in masks])
     top = maps == maps.max(axis=(1, 2), keepdims=True)
@@ -115,6 +114,8 @@ def localisation_auc(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
     Mann-Whitney form with mid-ranks; NaN for an empty and for a full mask.
     """
+    from scipy.stats import rankdata
+
     maps, masks = _cells(maps, masks)
     flat = masks.reshape(len(masks), -1)
     ranks = rankdata(maps.reshape(len(maps), -1), axis=1)
@@ -163,6 +164,8 @@ def empty_fraction(maps: np.ndarray) -> float:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation of two maps [B, H, W] -> [B]; NaN if one is flat."""
+    from scipy.stats import rankdata
+
     a, b = (rankdata(s.reshape(len(s), -1), axis=1) for s in _same_grid(a, b))
     a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
     norm = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
@@ -241,24 +244,26 @@ def deletion_curve(
     *,
     step: int = 224,
     fill: float = 0.0,
+    at_once: int = 32,
 ) -> Array:
     """Probability of the class while pixels are removed, most salient first.
 
     RISE (Petsiuk et al. 2018). The area below is the deletion metric: lower is better.
 
     Args:
-      probabilities: images [B, H, W, C] -> [B, K]; called once per point.
+      probabilities: images [N, H, W, C] -> [N, K].
       images: normalised images [B, H, W, C].
       maps: [B, H, W]; ties in reading order, so enlarge coarse maps smoothly.
       labels: int [B].
       step: pixels per point.
       fill: value of a removed pixel; 0 is the mean of normalised images.
+      at_once: images per forward pass at most, all of one point at least.
 
     Returns:
       [B, ceil(H W / step) + 1], the first of the whole image.
     """
     finish = jnp.full_like(images, fill)
-    return _curve(probabilities, images, finish, maps, labels, step)
+    return _curve(probabilities, images, finish, maps, labels, step, at_once)
 
 
 def insertion_curve(
@@ -268,12 +273,13 @@ def insertion_curve(
     labels: Array,
     *,
     step: int = 224,
+    at_once: int = 32,
 ) -> Array:
     """Probability of the class while pixels return to a blurred image; see deletion.
 
     RISE starts from a blur of 11 pixels and sigma 5. Higher area is better.
     """
-    return _curve(probabilities, blurred(images), images, maps, labels, step)
+    return _curve(probabilities, blurred(images), images, maps, labels, step, at_once)
 
 
 def area_under_curve(curve: Array) -> Array:
@@ -337,14 +343,15 @@ def average_increase(before: Array, after: Array) -> Array:
 
 def road(
     probabilities: Probabilities,
-    images: np.ndarray,
-    maps: np.ndarray,
-    labels: np.ndarray,
+    images: Array,
+    maps: Array,
+    labels: Array,
     *,
     percentiles: Sequence[float] = (10, 20, 30, 40, 50, 60, 70, 80, 90),
     noise: float = 0.01,
     seed: int = 0,
-) -> np.ndarray:
+    at_once: int = 32,
+) -> Array:
     """(LeRF - MoRF) / 2, mean over percentiles: remove and debias (Rong et al. 2022).
 
     Keeping the p % most salient pixels against keeping the p % least salient ones;
@@ -352,13 +359,14 @@ def road(
     shape than a constant and stays nearer to real images. Higher is better.
 
     Args:
-      probabilities: images [B, H, W, C] -> [B, K]; called twice per percentile.
+      probabilities: images [N, H, W, C] -> [N, K].
       images: normalised images [B, H, W, C].
       maps: [B, H, W].
       labels: int [B].
       percentiles: shares of pixels kept, in (0, 100).
       noise: standard deviation added to imputed pixels, in units of the images.
       seed: of the noise.
+      at_once: images per forward pass at most, all of one point at least.
 
     Returns:
       [B], in [-1/2, 1/2].
@@ -366,83 +374,46 @@ def road(
     _check_images(images, maps)
     if not all(0 < p < 100 for p in percentiles):
         raise ValueError(f"percentiles must lie inside (0, 100), got {percentiles}")
-    images, maps = np.asarray(images), np.asarray(maps)
-    rng = np.random.default_rng(seed)
-    falling = np.asarray(_rank(maps))
-    pixels = falling[0].size
+    images, rank = jnp.asarray(images), _rank(maps)
+    pixels = maps.shape[1] * maps.shape[2]
+    # Those below the percentile.
+    counts = [int(np.ceil(p / 100 * (pixels - 1))) for p in percentiles]
+    kept = [(0, count) for count in counts]
+    kept += [(pixels - count, pixels) for count in counts]
 
-    def score(keep):
-        pairs = zip(images, keep, strict=True)
-        filled = np.stack([impute(x, kept, noise=noise, rng=rng) for x, kept in pairs])
-        return np.asarray(_of_class(probabilities(filled), labels))
+    def filled(point):
+        (low, high), key = point
+        keep = (rank >= low) & (rank < high)
+        x = impute(images, keep) + noise * jax.random.normal(key, images.shape)
+        return jnp.where(keep[..., None], images, x).astype(images.dtype)
 
-    result = []
-    for p in percentiles:
-        count = int(np.ceil(p / 100 * (pixels - 1)))  # Those below the percentile.
-        least_first = score(falling < count)
-        most_first = score(falling >= pixels - count)
-        result.append((least_first - most_first) / 2)
-    return np.mean(result, axis=0)
-
-
-def impute(
-    image: np.ndarray, keep: np.ndarray, *, noise: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Noisy linear imputation of the removed pixels (Rong et al. 2022).
-
-    Each removed pixel is the weighted mean of its neighbours inside the image, 1/6
-    across an edge and 1/12 across a corner: one sparse linear system per image.
-
-    Args:
-      image: [H, W, C].
-      keep: bool [H, W], at least one True.
-      noise: standard deviation of the Gaussian noise added to imputed pixels.
-      rng: where the noise comes from.
-
-    Returns:
-      [H, W, C] of the image's dtype.
-    """
-    if not keep.any():
-        raise ValueError("imputation needs at least one pixel that is kept")
-    height, width = keep.shape
-    rows, columns = np.nonzero(~keep)
-    unknown = np.full(keep.shape, -1)
-    unknown[rows, columns] = np.arange(len(rows))
-    diagonal = np.zeros(len(rows))
-    known = np.zeros((len(rows), image.shape[2]))
-    entries = []
-    for dy, dx in ((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x):
-        weight = 1 / 12 if dy and dx else 1 / 6
-        y, x = rows + dy, columns + dx
-        inside = np.flatnonzero((y >= 0) & (y < height) & (x >= 0) & (x < width))
-        y, x = y[inside], x[inside]
-        diagonal[inside] += weight
-        given = keep[y, x]
-        known[inside[given]] += weight * image[y[given], x[given]]
-        free = inside[~given], unknown[y[~given], x[~given]]
-        entries.append((*free, np.full(len(free[0]), -weight)))
-    entries.append((np.arange(len(rows)), np.arange(len(rows)), diagonal))
-    row, column, value = (np.concatenate(part) for part in zip(*entries, strict=True))
-    system = coo_matrix((value, (row, column)), shape=(len(rows), len(rows))).tocsc()
-    filled = np.array(image)
-    if len(rows):
-        solution = spsolve(system, known).reshape(known.shape)
-        filled[~keep] = solution + noise * rng.standard_normal(known.shape)
-    return filled
+    points = jnp.array(kept), jax.random.split(jax.random.key(seed), len(kept))
+    scores = _scores(probabilities, filled, points, labels, at_once)
+    most_kept, least_kept = jnp.split(scores, 2)
+    return (most_kept - least_kept).mean(0) / 2
 
 
-def _curve(probabilities, start, finish, maps, labels, step):
+def _curve(probabilities, start, finish, maps, labels, step, at_once):
     """Class probability while `finish` replaces `start`, most salient first."""
     _check_images(start, maps)
     rank = _rank(maps)
     pixels = maps.shape[1] * maps.shape[2]
-
-    def point(count):
-        x = jnp.where((rank < count)[..., None], finish, start)
-        return _of_class(probabilities(x), labels)
-
     counts = jnp.arange(-(-pixels // step) + 1) * step
-    return jax.lax.map(point, counts).T
+
+    def mixed(count):
+        return jnp.where((rank < count)[..., None], finish, start)
+
+    return _scores(probabilities, mixed, counts, labels, at_once).T
+
+
+def _scores(probabilities, make, points, labels, at_once):
+    """Class probability of the images `make(point)` [B, ...] of every point: [P, B]."""
+
+    def score(point):
+        return _of_class(probabilities(make(point)), labels)
+
+    together = max(1, at_once // len(labels))
+    return jax.lax.map(score, points, batch_size=together if together > 1 else None)
 
 
 def _rank(maps):

@@ -6,14 +6,12 @@ lies on: there only its contours are drawn. The colours are those of viridis, wh
 lightness rises steadily for every kind of colour vision.
 """
 
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy import ndimage
-
-from cxai_jax.maps.grid import interpolation_matrix
 
 # Nine equidistant colours of viridis (van der Walt & Smith 2015).
 VIRIDIS = np.array(
@@ -32,6 +30,7 @@ VIRIDIS = np.array(
 )
 LEVELS = (0.25, 0.5, 0.75)  # Of the scale: where contours run.
 HAZE = 0.6  # Opacity of the highest value on a dark image.
+FAINT = 5  # Of 255: a haze below is not drawn.
 GAP = 4  # Pixels between an image and its overlay.
 STRIP = 16  # Rows of the colour bar below them.
 AIR = 20  # Grey levels at most of what surrounds a body.
@@ -91,25 +90,55 @@ def overlay(gray: np.ndarray, class_map: np.ndarray, scale: float) -> np.ndarray
     Returns:
       uint8 [H, W, 3].
     """
-    gray = gray.reshape(gray.shape[:2]).astype(np.float64)
-    heat = np.clip(enlarged(class_map, gray.shape) / max(scale, 1e-12), 0, 1)
-    bright = np.square(gray / 255)
-    alpha = (HAZE * np.sqrt(heat) * (heat > 0.02) * (1 - bright))[..., None]
-    drawn = (1 - alpha) * gray[..., None] + alpha * colours(heat)
+    gray = gray.reshape(gray.shape[:2])
+    heat = enlarged(class_map * (256 / max(scale, 1e-12)), gray.shape)
+    heat = np.clip(heat, 0, 255).astype(np.uint8)
+    drawn = _hazes().take(gray * np.uint16(256) + heat, axis=0)
+    passed = sum((heat >= int(256 * level)).view(np.uint8) for level in LEVELS)
     width = max(1, round(min(gray.shape) / 200))
-    for level in LEVELS:
-        inside = heat >= level
-        line = inside & ~ndimage.binary_erosion(inside, iterations=width)
-        edge = ndimage.binary_dilation(inside, iterations=width) & ~inside
-        drawn[edge] *= 0.5  # A dark rim: the line is seen on bone as well.
-        drawn[line] = colours(np.asarray(level))
+    lowest = _spread(np.minimum, passed, width)
+    highest = _spread(np.maximum, passed, width)
+    # A line inside each level, a dark rim outside: it is seen on bone as well.
+    line, rim = passed > lowest, passed < highest
+    inks = np.round(colours(np.array((0, *LEVELS))))
+    drawn[line] = inks[passed[line]]
+    drawn[rim] >>= (highest - passed)[rim][:, None]
+    return drawn
+
+
+@functools.cache
+def _hazes() -> np.ndarray:
+    """The colour of 256 gray + heat, both 0..255, without contours: uint8 [65536, 3].
+
+    Drawing an image is looking its pixels up.
+    """
+    gray, heat = np.divmod(np.arange(256 * 256), 256)
+    alpha = HAZE * np.sqrt(heat / 255) * (heat > FAINT) * (1 - np.square(gray / 255))
+    gray, alpha = gray[:, None], alpha[:, None]
+    drawn = gray + alpha * (colours(heat / 255) - gray)
     return np.round(drawn).astype(np.uint8)
 
 
+def _spread(extreme: Callable, values: np.ndarray, times: int) -> np.ndarray:
+    """Each pixel becomes the extreme of itself and its four neighbours, `times` over.
+
+    What lies outside the image is 0.
+    """
+    for _ in range(times):
+        around = np.pad(values, 1)
+        vertical = extreme(around[:-2, 1:-1], around[2:, 1:-1])
+        horizontal = extreme(around[1:-1, :-2], around[1:-1, 2:])
+        values = extreme(extreme(vertical, horizontal), values)
+    return values
+
+
 def enlarged(class_map: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A map [h, w] interpolated to float64 [H, W]."""
-    rows, columns = map(interpolation_matrix, shape, class_map.shape)
-    return rows @ class_map.astype(np.float64) @ columns.T
+    """A map [h, w] interpolated to float32 [H, W].
+
+    Enlarging, Pillow's filter is maps.grid.interpolation_matrix on both axes.
+    """
+    cells = Image.fromarray(np.asarray(class_map, np.float32))
+    return np.asarray(cells.resize(shape[::-1], Image.Resampling.BILINEAR))
 
 
 def body(gray: np.ndarray) -> np.ndarray:
@@ -117,9 +146,31 @@ def body(gray: np.ndarray) -> np.ndarray:
     small = Image.fromarray(gray.reshape(gray.shape[:2])).resize(
         (SIDE, SIDE), Image.Resampling.BOX
     )
-    regions, _ = ndimage.label(np.asarray(small) <= AIR)
-    corners = regions[[0, 0, -1, -1], [0, -1, 0, -1]]
-    return ~np.isin(regions, corners[corners > 0])
+    return ~reached_from_corners(np.asarray(small) <= AIR)
+
+
+def reached_from_corners(free: np.ndarray) -> np.ndarray:
+    """What a flood from the four corners reaches, 4-connected: bool [H, W] -> bool.
+
+    The image is one integer with a bit for each pixel, so that a step in a direction is
+    a shift of all of it; a column that is never free keeps rows apart.
+    """
+    height, width = free.shape
+    walled = np.pad(free, ((0, 0), (0, 1)))
+    corners = np.zeros_like(walled)
+    corners[np.ix_([0, -1], [0, width - 1])] = True
+    free, reached = (
+        int.from_bytes(np.packbits(x, bitorder="little").tobytes(), "little")
+        for x in (walled, corners & walled)
+    )
+    before = 0
+    while reached != before:
+        before, row = reached, width + 1
+        moved = reached << 1 | reached >> 1 | reached << row | reached >> row
+        reached |= moved & free
+    bits = np.frombuffer(reached.to_bytes(-(-walled.size // 8), "little"), np.uint8)
+    bits = np.unpackbits(bits, count=walled.size, bitorder="little").astype(bool)
+    return bits.reshape(walled.shape)[:, :width]
 
 
 def share_outside(class_map: np.ndarray, inside: np.ndarray, scale: float) -> float:
@@ -139,23 +190,32 @@ def share_outside(class_map: np.ndarray, inside: np.ndarray, scale: float) -> fl
     return float(drawn[~inside].sum() / total) if total > 0 else 0.0
 
 
-def panel(gray: np.ndarray, overlaid: np.ndarray, legend: str) -> np.ndarray:
-    """Image, overlay and below them the colour bar: uint8 [H + 16, 2 W + 4, 3].
+def panel(gray: np.ndarray, overlaid: np.ndarray, legend: str) -> Image.Image:
+    """Image, overlay and below them the colour bar: RGB, H + 16 rows of 2 W + 4.
 
     Args:
       gray: uint8 [H, W] or [H, W, 1].
       overlaid: uint8 [H, W, 3].
       legend: what the bar's right end stands for.
     """
-    pair = side_by_side(gray, overlaid)
-    strip = Image.new("RGB", (pair.shape[1], STRIP))
-    width = min(80, pair.shape[1] // 3)
+    height, width = gray.shape[:2]
+    drawn = Image.new("RGB", (2 * width + GAP, height + STRIP))
+    drawn.paste(Image.fromarray(gray.reshape(height, width)).convert("RGB"), (0, 0))
+    drawn.paste(Image.fromarray(overlaid), (width + GAP, 0))
+    drawn.paste(_strip(drawn.width, legend), (0, height))
+    return drawn
+
+
+@functools.lru_cache
+def _strip(across: int, legend: str) -> Image.Image:
+    """The colour bar from 0 to its legend, 16 rows."""
+    strip, width = Image.new("RGB", (across, STRIP)), min(80, across // 3)
     bar = np.broadcast_to(colours(np.linspace(0, 1, width)), (STRIP - 6, width, 3))
     strip.paste(Image.fromarray(bar.astype(np.uint8)), (12, 3))
     draw = ImageDraw.Draw(strip)
     draw.text((3, 2), "0", fill="white")
     draw.text((width + 16, 2), legend, fill="white")
-    return np.concatenate([pair, np.asarray(strip)])
+    return strip
 
 
 def halves(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -195,11 +255,13 @@ def shrink(image: np.ndarray, height: int) -> np.ndarray:
     return np.asarray(picture)
 
 
-def encode(image: np.ndarray, kind: str) -> bytes:
-    """The "PNG" or "JPEG" file of a uint8 image [H, W] or [H, W, 3]."""
+def encode(image: np.ndarray | Image.Image, kind: str, *, quality: int = 80) -> bytes:
+    """The "PNG" or "JPEG" file of a uint8 image [H, W] or [H, W, 3], or of a picture."""
     buffer = io.BytesIO()
-    options = {"quality": 80} if kind == "JPEG" else {"compress_level": 1}
-    Image.fromarray(image).save(buffer, kind, **options)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    options = {"quality": quality} if kind == "JPEG" else {"compress_level": 1}
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

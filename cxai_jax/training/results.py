@@ -15,7 +15,6 @@ from cxai_jax.data.identity import identity
 from cxai_jax.data.records import Dataset, Records
 from cxai_jax.methods.method import Method
 from cxai_jax.report import pictures
-from cxai_jax.report.training_page import run_report
 from cxai_jax.scoring import calibration, evaluate, explanations
 from cxai_jax.training import selection
 from cxai_jax.training.run import Run, fit_records
@@ -156,6 +155,9 @@ def write(run: Run, results: dict, predictions: dict, found: dict) -> None:
     fit = fit_records(run.sources, run.config.data.fit)
     write_json(run.out / novelty.FILE, novelty.describe(fit))
     write_json(run.out / "results.json", results)
+    # Here, for Matplotlib is slow to import and the first step need not wait for it.
+    from cxai_jax.report.training_page import run_report
+
     page = run_report(
         results, predictions, run.test, read_log(run.workdir), found or None
     )

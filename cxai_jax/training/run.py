@@ -1,12 +1,11 @@
 """What a run is made of, before its first step: data, network, optimiser, plan."""
 
 import dataclasses
-import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,13 +36,16 @@ def build_network(
     """
     model = models.build(config.model, num_classes, num_sites=num_sites)
     size = config.data.image_size
-    images, site = jnp.zeros((1, size, size, 3)), jnp.zeros(1, jnp.int32)
-    initialise = functools.partial(model.init, x=images, mode="eval", site=site)
-    key = jax.random.key(config.seed)
+
+    def initialise(key):
+        images, site = jnp.zeros((1, size, size, 3)), jnp.zeros(1, jnp.int32)
+        return model.init(key, images, "eval", site)
+
     with progress.stage("building the network"):
-        variables = (
-            jax.eval_shape(initialise, key) if abstract else jax.jit(initialise)(key)
-        )
+        if abstract:  # All of it inside: nothing is compiled.
+            variables = jax.eval_shape(lambda: initialise(jax.random.key(0)))
+        else:
+            variables = jax.jit(initialise)(jax.random.key(config.seed))
     summary = {}
     if config.model.pretrained:
         variables, summary = pretrained.load_pretrained(
@@ -226,7 +228,7 @@ class Stream(NamedTuple):
     """One of the batches that a step takes."""
 
     records: Records
-    rows: grain.MapDataset  # rows[step] is the row numbers of that step.
+    rows: Sequence[np.ndarray]  # rows[step] is the row numbers of that step.
     labelled: bool = True  # False: its labels do not reach the device.
 
 

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cxai_jax.types import Array
-from cxai_jax.voting.rules import Masks, count_votes, mask_cells, opposes, plan_masks
+from cxai_jax.voting.rules import Masks, count_votes, mask_cells, opposes
 
 
 class EarlyVotes(NamedTuple):
@@ -47,13 +46,10 @@ def decided(
 
 def vote_early(
     forward: Callable,
-    images: Array,
-    cells: Array,
+    masks: Masks,
     first: Array,
     *,
     theta: float = 0.2,
-    grid: int = 28,
-    fill: str = "min",
     chunk: int = 64,
     step: int = 4,
     carried: Array | None = None,
@@ -71,22 +67,18 @@ def vote_early(
         same probabilities in any batch (eval mode does, up to float rounding at the
         threshold). With `carried` it is `next_votes_of` behind its first argument,
         which may donate `carried`.
-      images: normalised [B, H, W, C].
-      cells: int [B, k], from `rank_cells`.
+      masks: of the images and as many more as fill the batch, from `plan_masks`.
       first: probabilities of the unmasked images [B, K].
       theta: support threshold.
-      grid: cells per side.
-      fill: see `masked_images`.
       chunk: images per forward pass.
       step: masks per image and round after the first.
-      carried: to reuse a network's first layers, their maps of the images [B, h, h, D];
+      carried: to reuse a network's first layers, their maps of the images of `masks`;
         they are kept up to date for the whole batch.
 
     Returns:
       EarlyVotes; its `opposing` counts only the votes cast.
     """
-    (batch, k), classes = cells.shape, first.shape[1]
-    masks = plan_masks(images, cells, grid=grid, fill=fill)
+    (batch, classes), k = first.shape, masks.cells.shape[1]
     if carried is None:
         run = functools.partial(_run_packed, forward, masks, chunk)
     else:
@@ -102,15 +94,13 @@ def vote_early(
         forwards += run(votes, undecided, begin, end)
         begin = cast[undecided] = end
         was_cast = np.arange(k) < cast[:, None]
-        against = np.asarray(opposes(votes, original, theta=theta)) & was_cast
+        against = opposes(votes, original, theta=theta) & was_cast
         undecided = undecided[~decided(against[undecided].sum(1), end, k, classes)]
-    result = count_votes(
-        jnp.asarray(votes), jnp.asarray(original), jnp.asarray(against)
-    )
+    result = count_votes(votes, original, against)
     return EarlyVotes(
-        labels=np.asarray(result.labels),
+        labels=result.labels,
         original=original,
-        opposing=np.asarray(result.opposing),
+        opposing=result.opposing,
         cast=cast,
         forwards=forwards,
         saved=batch * k - forwards,

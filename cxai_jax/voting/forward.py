@@ -65,8 +65,8 @@ def make_first_look(model: nn.Module, scale: Scale, tta_config) -> Callable:
     with parts of each site. Returns a dict: logits and
     probs float32 [B, K], class_maps float32 [B, h, w, K], pooled float32 [B, D], the
     mean of the features; with tta_config.k > 0 also
-    what the votes need, the normalised images and cells int32 [B, k], and where the
-    first layers are reused their map, prefix.
+    what the votes need, `masks` from rules.plan_masks, and where the first layers are
+    reused their map, prefix.
     """
 
     def look(variables, images, site=None):
@@ -85,13 +85,15 @@ def make_first_look(model: nn.Module, scale: Scale, tta_config) -> Callable:
             "pooled": out.features.astype(jnp.float32).mean((1, 2)),
         }
         if tta_config.k:
+            grid = images.shape[1] // tta_config.patch
             cells = rules.rank_cells(
                 of_class(out.class_maps, logits.argmax(-1)),
-                grid=images.shape[1] // tta_config.patch,
+                grid=grid,
                 k=tta_config.k,
                 patch=tta_config.patch,
             )
-            seen |= {"images": images, "cells": cells} | more
+            masks = rules.plan_masks(images, cells, grid=grid, fill=tta_config.fill)
+            seen |= {"masks": masks} | more
         return seen
 
     return look
@@ -165,8 +167,8 @@ def make_predict_step(model: nn.Module, scale: Scale, tta_config) -> Callable:
         if tta_config.k:
             probs = rules.masked_probs(
                 lambda masked: forward(variables, masked, of_variants(site, masked)),
-                seen["images"],
-                seen["cells"],
+                seen["masks"].images,
+                seen["masks"].cells,
                 seen["probs"],
                 grid=images.shape[1] // tta_config.patch,
                 fill=tta_config.fill,

@@ -268,12 +268,13 @@ def opposes(probs: Array, original: Array, *, theta: float) -> Array:
     Returns:
       bool [B, k].
     """
-    probs, original = jnp.asarray(probs, jnp.float32), jnp.asarray(original)[:, None]
+    xp = probs.__array_namespace__()  # NumPy's on the host, which compiles nothing.
+    probs, original = xp.asarray(probs, dtype=xp.float32), original[:, None]
     if probs.shape[-1] == 2:
         positive = probs[..., 1]
-        return jnp.where(original == 1, positive < theta, positive >= 1 - theta)
-    own = jnp.arange(probs.shape[-1]) == original[..., None]
-    return jnp.where(own, -jnp.inf, probs).max(-1) >= 1 - theta
+        return xp.where(original == 1, positive < theta, positive >= 1 - theta)
+    own = xp.arange(probs.shape[-1]) == original[..., None]
+    return xp.where(own, -xp.inf, probs).max(-1) >= 1 - theta
 
 
 def votes_for(probs: Array, *, theta: float = 0.2, k: int = 31) -> Votes:
@@ -314,12 +315,13 @@ def vote(probs: Array, *, theta: float = 0.2, k: int = 31) -> Array:
 
 def count_votes(votes: Array, original: Array, opposing: Array) -> Votes:
     """The flip rule: votes [B, k, K], labels int [B], opposing bool [B, k]."""
-    count = opposing.sum(1, dtype=jnp.int32)
+    xp = votes.__array_namespace__()
+    count = opposing.sum(1, dtype=xp.int32)
     if votes.shape[2] == 2:
         other = 1 - original
     else:  # The sum has the argmax of the mean.
-        against = jnp.where(opposing[..., None], votes, 0.0).sum(1)
-        own = jnp.arange(votes.shape[2]) == original[:, None]
-        other = jnp.where(own, -1.0, against).argmax(-1).astype(jnp.int32)
+        against = xp.where(opposing[..., None], votes, 0.0).sum(1)
+        own = xp.arange(votes.shape[2]) == original[:, None]
+        other = xp.where(own, -1.0, against).argmax(-1).astype(xp.int32)
     flips = 2 * count > votes.shape[1]
-    return Votes(jnp.where(flips, other, original), original, count)
+    return Votes(xp.where(flips, other, original), original, count)

@@ -7,13 +7,16 @@ experiments/oracle_explanation_metrics.py.
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from cxai_jax.maps import imputation
 from cxai_jax.maps import quality as metrics
+from experiments.road_cost import sparse_solution
 
 GOLDEN = json.loads(
     (Path(__file__).parents[1] / "golden" / "explanation_metrics.json").read_text()
@@ -102,16 +105,60 @@ def test_road_agrees_with_pytorch_grad_cam():
 def test_imputation_agrees_with_quantus():
     keep = np.ones(64, bool)
     keep[DATA["removed"]] = False
-    rng = np.random.default_rng(0)
-    image = np.concatenate([IMAGES[0], 2 * IMAGES[0]], axis=2).astype(np.float64)
-    got = metrics.impute(image, keep.reshape(8, 8), noise=0.0, rng=rng)
-    np.testing.assert_allclose(got[..., 0], VALUES["imputed"], atol=1e-6)
-    np.testing.assert_allclose(got[..., 1], 2 * got[..., 0], atol=1e-12)
-    noisy = metrics.impute(image, keep.reshape(8, 8), noise=0.1, rng=rng)
-    assert 0.05 < (noisy - got)[~keep.reshape(8, 8)].std() < 0.2
-    np.testing.assert_array_equal(noisy[keep.reshape(8, 8)], image[keep.reshape(8, 8)])
-    whole = metrics.impute(image, np.ones((8, 8), bool), noise=0.1, rng=rng)
-    np.testing.assert_array_equal(whole, image)
+    image = np.concatenate([IMAGES[0], 2 * IMAGES[0]], axis=2)
+    got = imputation.impute(image[None], keep.reshape(1, 8, 8))[0]
+    np.testing.assert_allclose(got[..., 0], VALUES["imputed"], atol=2e-6)
+    np.testing.assert_allclose(got[..., 1], 2 * got[..., 0], atol=2e-6)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_imputation_is_the_sparse_solve(share):
+    """Large holes and scattered pixels, sides that are odd, within 0.001 std."""
+    random = np.random.default_rng(0)
+    shape = (45, 70)
+    smooth = jax.image.resize(random.normal(size=(2, 5, 5)), (2, *shape), "linear")
+    order = np.stack([*np.asarray(smooth), random.normal(size=shape)])
+    keep = order > np.quantile(order, 1 - share, axis=(1, 2), keepdims=True)
+    images = random.normal(size=(3, *shape, 2)).astype(np.float32)
+    got = np.asarray(imputation.impute(images, keep))
+    np.testing.assert_array_equal(got[keep], images[keep])
+    expected = [sparse_solution(*pair) for pair in zip(images, keep, strict=True)]
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+def test_imputation_with_every_pixel_and_with_none():
+    keep = np.stack([np.ones((8, 8), bool), np.zeros((8, 8), bool)])
+    whole, none = imputation.impute(IMAGES[:2], keep)
+    np.testing.assert_array_equal(whole, IMAGES[0])
+    assert np.isnan(none).all()
+
+
+def test_the_noise_of_road_lies_on_removed_pixels():
+    seen = []
+
+    def recorded(x):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
+        return probabilities(x)
+
+    at = {"percentiles": (50,), "at_once": 1}
+    for noise in (0.0, 0.1):
+        metrics.road(recorded, IMAGES, MAPS, LABELS, noise=noise, **at)
+    jax.effects_barrier()
+    plain, noisy = np.stack(seen).reshape(2, 2, *IMAGES.shape)
+    removed = plain != IMAGES
+    assert 0.4 < removed.mean() < 0.6
+    np.testing.assert_array_equal(noisy[~removed], plain[~removed])
+    assert 0.08 < (noisy - plain)[removed].std() < 0.12
+
+
+@pytest.mark.parametrize("at_once", [1, 16])
+def test_curves_do_not_depend_on_how_many_points_run_at_once(at_once):
+    one, other = (
+        metrics.deletion_curve(probabilities, IMAGES, MAPS, LABELS, step=9, at_once=n)
+        for n in (4, at_once)
+    )
+    assert one.shape == (len(IMAGES), 9)
+    np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_an_empty_mask_is_excluded_and_counted():
@@ -286,6 +333,3 @@ def test_bad_shapes_are_named():
         metrics.deletion_curve(probabilities, IMAGES, MAPS[:, ::2, ::2], LABELS)
     with pytest.raises(ValueError, match="inside .0, 100."):
         metrics.road(probabilities, IMAGES, MAPS, LABELS, percentiles=(0, 50))
-    with pytest.raises(ValueError, match="at least one pixel"):
-        rng = np.random.default_rng(0)
-        metrics.impute(IMAGES[0], np.zeros((8, 8), bool), noise=0.0, rng=rng)

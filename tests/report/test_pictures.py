@@ -2,9 +2,11 @@
 
 import io
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from cxai_jax.report import pictures
 
@@ -72,6 +74,39 @@ def test_bright_tissue_carries_contours_and_no_haze():
     assert (dark != 31).any(2).mean() > changed.mean() + 0.1
 
 
+def test_an_overlay_is_that_of_a_slow_drawing():
+    """Pixel by pixel in float64, contours by SciPy's morphology."""
+    random = np.random.default_rng(0)
+    cells = Image.fromarray(random.integers(0, 256, (12, 16), np.uint8))
+    gray = np.asarray(cells.resize((420, 310)))
+    class_map, scale = random.normal(size=(7, 7)), 1.5
+    heat = jax.image.resize(class_map / scale, gray.shape, "linear")
+    heat = np.clip(np.asarray(heat, np.float64), 0, 1)
+    haze = np.sqrt(heat) * (heat > 6 / 256) * (1 - (gray / 255) ** 2)
+    alpha = 0.6 * haze[..., None]
+    drawn = (1 - alpha) * gray[..., None] + alpha * pictures.colours(heat)
+    for level in pictures.LEVELS:
+        inside = heat >= level
+        line = inside & ~ndimage.binary_erosion(inside, iterations=2)
+        rim = ndimage.binary_dilation(inside, iterations=2) & ~inside
+        drawn[rim] *= 0.5
+        drawn[line] = pictures.colours(np.asarray(level))
+    wrong = np.abs(pictures.overlay(gray, class_map, scale) - drawn).max(2)
+    assert wrong.mean() < 0.7 and (wrong > 3).mean() < 0.01
+
+
+def test_a_flood_from_the_corners_is_scipys_regions_there():
+    random = np.random.default_rng(1)
+    snake = np.ones((9, 12), bool)
+    snake[1::4, :-1] = snake[3::4, 1:] = False
+    images = [random.random((64, 64)) < share for share in (0.4, 0.55, 0.6, 0.7)]
+    for free in (snake, snake[:, ::-1], ~snake, *images):
+        regions, _ = ndimage.label(free)
+        corners = regions[[0, 0, -1, -1], [0, -1, 0, -1]]
+        expected = np.isin(regions, corners[corners > 0])
+        np.testing.assert_array_equal(pictures.reached_from_corners(free), expected)
+
+
 def test_evidence_is_centred_and_its_mean_is_the_logit():
     random = np.random.default_rng(0)
     maps, labels = random.normal(size=(3, 4, 5, 3)), np.array([2, 0, 1])
@@ -106,13 +141,14 @@ def test_a_panel_gives_back_its_halves(shape):
     random = np.random.default_rng(0)
     gray = random.integers(0, 255, shape, np.uint8)
     overlaid = random.integers(0, 255, (*shape, 3), np.uint8)
-    panel = pictures.panel(gray, overlaid, "CAM of sick, 0 to 3.1")
+    drawn = pictures.panel(gray, overlaid, "CAM of sick, 0 to 3.1")
+    panel = np.asarray(drawn)
     left, right = pictures.halves(panel)
     np.testing.assert_array_equal(left, np.repeat(gray[..., None], 3, axis=2))
     np.testing.assert_array_equal(right, overlaid)
     bar = panel[-pictures.STRIP // 2, 12 : 12 + min(80, panel.shape[1] // 3)]
     assert bar[-1].sum() > bar[0].sum()
-    kept = Image.open(io.BytesIO(pictures.encode(panel, "PNG")))
+    kept = Image.open(io.BytesIO(pictures.encode(drawn, "PNG")))
     np.testing.assert_array_equal(np.asarray(kept), panel)
 
 

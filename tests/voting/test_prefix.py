@@ -325,11 +325,9 @@ def test_reuse_holds_for_any_packing_of_the_votes(chunk):
     theta = splitting(np.asarray(whole))
     early = early_exit.vote_early(
         jax.jit(functools.partial(rules.next_votes_of, split), donate_argnums=1),
-        images,
-        cells,
+        rules.plan_masks(images, cells, grid=grid, fill="min"),
         first,
         theta=theta,
-        grid=grid,
         chunk=chunk,
         step=2,
         carried=first_layers(images),

@@ -66,6 +66,11 @@ def scene(probs, grid=6):
     return forward, jnp.asarray(images), jnp.asarray(cells, jnp.int32), table[:, 0]
 
 
+def plan(images, cells):
+    """What early exit takes of a scene."""
+    return rules.plan_masks(images, cells, grid=6, fill="zero")
+
+
 def test_ranked_cells_equal_a_float64_sort_of_the_resized_map():
     maps = np.random.default_rng(0).normal(size=(3, 7, 7))
     pixels = np.array(
@@ -173,9 +178,7 @@ def test_a_majority_against_a_class_never_returns_it():
     np.testing.assert_array_equal(got.labels, [1, 0, 1])
     np.testing.assert_array_equal(rules.vote(images, theta=theta, k=k), got.labels)
     forward, seen, cells, first = scene(images.astype(np.float32))
-    early = early_exit.vote_early(
-        forward, seen, cells, first, theta=theta, grid=6, fill="zero"
-    )
+    early = early_exit.vote_early(forward, plan(seen, cells), first, theta=theta)
     np.testing.assert_array_equal(early.labels, got.labels)
 
 
@@ -242,9 +245,7 @@ def test_early_exit_equals_the_full_vote_on_every_binary_pattern(k):
     patterns = np.array(list(itertools.product([0.0, 1.0], repeat=k + 1)))
     probs = np.stack([1 - patterns, patterns], -1)
     forward, images, cells, first = scene(probs)
-    got = early_exit.vote_early(
-        forward, images, cells, first, grid=6, fill="zero", step=1
-    )
+    got = early_exit.vote_early(forward, plan(images, cells), first, step=1)
     full = votes_for(probs, k=k)
     np.testing.assert_array_equal(got.labels, full.labels)
     np.testing.assert_array_equal(got.original, full.original)
@@ -263,7 +264,7 @@ def test_early_exit_equals_the_full_vote_on_random_probabilities(classes):
     )
     probs[60:, 0] = steady[60:]
     forward, images, cells, first = scene(probs)
-    got = early_exit.vote_early(forward, images, cells, first, grid=6, fill="zero")
+    got = early_exit.vote_early(forward, plan(images, cells), first)
     full = votes_for(probs)
     np.testing.assert_array_equal(got.labels, full.labels)
     assert 0 < (full.labels != full.original).sum() < 120
@@ -280,7 +281,7 @@ def test_early_exit_equals_the_full_vote_on_random_probabilities(classes):
 def test_unanimous_images_stop_at_sixteen():
     probs = np.repeat(two_class(1, 0, 31), 4, axis=0)
     forward, images, cells, first = scene(probs)
-    got = early_exit.vote_early(forward, images, cells, first, grid=6, fill="zero")
+    got = early_exit.vote_early(forward, plan(images, cells), first)
     np.testing.assert_array_equal(got.cast, 16)
     assert got.forwards == 64
     assert got.saved == 60

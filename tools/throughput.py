@@ -1,0 +1,168 @@
+"""python -m tools.throughput --workdir=RUN --images=DIR [--dicom=200] [--json=FILE]
+
+Images per second of `cxai-predict`, stage by stage and as a whole. The stages run alone,
+one image or batch after the other in one thread: opening files (PNG files of DIR, and
+copies of pydicom's CT_small), the network, all votes, rows with and without their
+overlay, the page. The whole command runs with every --overlays, --votes=0. CPU seconds
+stand beside the clock: others on the machine change them less.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cxai_jax import host
+from cxai_jax.data import inputs, novelty, pipeline, transforms
+from cxai_jax.inference import choices, predictor
+from cxai_jax.inference.decisions import make_rule
+from cxai_jax.inference.shown_maps import make_maps
+from cxai_jax.inference.table import OVERLAY_HEIGHT, Answer, Prepared, finish, row
+from cxai_jax.mesh import make_mesh
+from cxai_jax.report import pictures
+from tools.benchmark_session import describe, make_session
+from tools.benchmark_timing import Load
+from tools.startup import phases
+
+BEGINS = {"loading the model": "start", "predicting": "model"}
+
+
+def timed(images: int, work: Callable[[], object]) -> tuple[object, dict]:
+    """What `work` returns, and its images per second by the clock and by CPU time."""
+    before, begun = Load(), time.perf_counter()
+    result = work()
+    seconds, after = time.perf_counter() - begun, Load()
+    return result, {
+        "images": images,
+        "images_per_s": images / seconds,
+        "cpu_ms_per_image": 1e3 * (after.own - before.own) / images,
+        "foreign_load": before.foreign_until(after),
+    }
+
+
+def prepare(path: Path, known: dict, config) -> list[Prepared]:
+    """As predicting.py does."""
+    fit = pipeline.fit_for_scoring(config)
+    return [
+        Prepared(
+            one.name,
+            one.patient,
+            one.notes + novelty.flags(one.gray, known, config.data.image_size),
+            fit(transforms.as_stored(one.gray)),
+            pictures.shrink(one.gray[..., 0], OVERLAY_HEIGHT),
+        )
+        for one in inputs.open_slices(path)
+    ]
+
+
+def stages(workdir: Path, files: list[Path], dicom: list[Path], out: Path) -> dict:
+    """Each stage by itself."""
+    model, found = predictor.load(workdir), {}
+    known = novelty.load(workdir)
+    for name, paths in (("open PNG", files), ("open DICOM", dicom)):
+        if paths:
+            prepare(paths[0], known, model.config)
+            opened, found[name] = timed(
+                len(paths), lambda: [prepare(p, known, model.config)[0] for p in paths]
+            )
+            if paths is files:
+                slices = opened
+    size = model.config.eval.batch_size
+    batches = [slices[i : i + size] for i in range(0, len(slices), size)]
+
+    def predict(voter, batches):
+        return [voter(np.stack([one.input for one in batch])) for batch in batches]
+
+    for name, k, some in (("voting", 31, batches[:1]), ("network", 0, batches)):
+        model.config.tta.k = k
+        voter = predictor.Predictor(model, make_mesh())
+        predict(voter, some[:1])  # Compiles.
+        outcomes, found[name] = timed(sum(map(len, some)), lambda: predict(voter, some))
+    draw = make_maps(model, choices.CAM, size)
+    rule, features = make_rule(model.results, ""), novelty.load_features(workdir)
+    (out / "overlays").mkdir(parents=True)
+    for overlays in ("none", "all"):
+        answer = Answer(model, choices.CAM, rule, features, overlays)
+
+        def make_rows():
+            return [
+                row(one, outcome, i, maps[i], answer, out, {})
+                for batch, outcome in zip(batches, outcomes, strict=True)
+                for maps in [draw(None, outcome, {})]
+                for i, one in enumerate(batch)
+            ]
+
+        name = {"none": "row", "all": "row and overlay"}[overlays]
+        rows, found[name] = timed(len(slices), make_rows)
+    counts = {"found": len(rows), "predicted": len(rows)}
+    counts |= dict.fromkeys(("failed", "ignored", "left", "unmatched"), 0)
+    work = lambda: finish(out, rows, [], answer, {"decision": rule.text}, counts)  # noqa: E731
+    found["page"] = timed(len(rows), work)[1]
+    return found
+
+
+def whole(workdir: Path, images: Path, number: int, out: Path) -> dict:
+    """The command, without its start: what follows the line "predicting"."""
+    found = {}
+    for overlays in choices.OVERLAYS:
+        command = ["cxai_jax.predict", f"--workdir={workdir}", "--images", str(images)]
+        command += ["--votes=0", f"--overlays={overlays}", f"--out={out / overlays}"]
+        ran = phases(command, {**BEGINS, f"{number}/{number} files": "predicted"})
+        taken = ran["phases"]["predicted"]
+        found[f"--overlays={overlays}"] = {
+            "images": number,
+            "images_per_s": number / taken["s"],
+            "cpu_ms_per_image": 1e3 * taken["cpu_s"] / number,
+            "machine_busy": ran["machine_busy"],
+        }
+    return found
+
+
+def copies(number: int, folder: Path) -> list[Path]:
+    """CT_small.dcm so many times."""
+    from pydicom.data import get_testdata_file
+
+    folder.mkdir()
+    paths = [folder / f"{i}.dcm" for i in range(number)]
+    for path in paths:
+        shutil.copy(get_testdata_file("CT_small.dcm"), path)
+    return paths
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.throughput")
+    parser.add_argument("--workdir", type=Path, required=True, help="a finished run")
+    parser.add_argument("--images", type=Path, required=True, help="folder of slices")
+    parser.add_argument("--dicom", type=int, default=200)
+    parser.add_argument(
+        "--json", type=Path, default=Path("experiments/results/predict_path_cpu.json")
+    )
+    given = parser.parse_args(arguments)
+    host.keep_freed_memory()
+    files = inputs.find([str(given.images)]).files
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        dicom = copies(given.dicom, folder / "dicom") if given.dicom else []
+        found = whole(given.workdir, given.images, len(files), folder)
+        alone = stages(given.workdir, files, dicom, folder / "stages")
+    result = describe(make_session())
+    result = {name: result[name] for name in ("git", "time", "host", "versions")}
+    about = json.loads((given.workdir / "config.json").read_text())
+    result |= {"network": about["model"]["name"], "pixels": about["data"]["image_size"]}
+    result |= {"stages, one thread": alone, "command": found}
+    given.json.write_text(json.dumps(result, indent=1) + "\n")
+    for name, one in {**alone, **found}.items():
+        print(
+            f"{name:20}{one['images_per_s']:8.1f} images/s, CPU "
+            f"{one['cpu_ms_per_image']:6.2f} ms an image"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
