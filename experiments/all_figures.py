@@ -2,9 +2,11 @@
 
 python -m experiments.all_figures --workdir runs/b-full [--rows runs/b-baseline ...]
     [--patches runs/n3-* ...] [--on cxr --data_dir data] [--out figures.html]
+    [--pictures DIR]
 
 The page needs no network. A figure that the run cannot give is named with the reason,
-the others are drawn. Options beyond --workdir are handed to the figures that know them.
+the others are drawn; then the exit code is 1. Options beyond --workdir are handed to
+the figures that know them. --pictures writes a small PNG of each as well.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+
+from PIL import Image
 
 from cxai_jax import disk
 from cxai_jax.report import figures, page
@@ -27,6 +31,7 @@ from experiments import (
     xray_figure1,
 )
 
+WIDTH, SHADES = 720, 64  # Pixels and colours of a small picture.
 FIGURES = {
     "CT paper, Figure 1: SnapMix": (figure1, ()),
     "CT paper, Figure 2: masked images": (figure2, ()),
@@ -48,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--patches", nargs="*", default=[], help="of Figures 3 and 4")
     parser.add_argument("--on", default="", help="data set of the X-ray figure")
     parser.add_argument("--data_dir", default="", help="where that is prepared")
+    parser.add_argument("--pictures", type=Path, help="folder of small PNG files")
     given = parser.parse_args(arguments)
     out = given.out or given.workdir / "figures.html"
     sections, made = [], 0
@@ -65,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(f"{heading}: drawn")
             made += 1
-            part = page.chart(page.embedded(jpeg(drawn.figure), heading), drawn.caption)
+            if given.pictures:
+                small_png(drawn.figure, given.pictures / own.out.name)
+            part = page.chart(
+                page.embedded(encoded(drawn.figure), heading), drawn.caption
+            )
         sections.append(page.section(heading, part))
     if not made:
         sys.exit(f"error: {given.workdir} gives none of the figures; see above")
@@ -75,10 +85,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(made < len(FIGURES))
 
 
-def jpeg(figure) -> bytes:
+def small_png(figure, path: Path) -> None:
+    """The figure as wide as a README, in a palette, which halves the bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.open(io.BytesIO(encoded(figure, "png"))).convert("RGB")
+    picture.thumbnail((WIDTH, 2 * WIDTH), Image.Resampling.LANCZOS)
+    picture.quantize(SHADES).save(path, optimize=True)
+
+
+def encoded(figure, kind: str = "jpeg") -> bytes:
     """The figure on white."""
     buffer = io.BytesIO()
-    figures.save(figure, buffer, kind="jpeg")
+    figures.save(figure, buffer, kind=kind)
     return buffer.getvalue()
 
 

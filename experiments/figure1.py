@@ -62,7 +62,8 @@ def make(given: argparse.Namespace) -> Drawn:
     names = [run.class_names[label] for label in labels]
     result = np.asarray(mixed.images[0]).round().astype(np.uint8)
     figure = draw(images, percent, np.asarray(boxes), result, names, weights)
-    return Drawn(figure, caption(run, weights, records.names[rows]))
+    doubled = labels[0] == labels[1] and run.config.mix.same_class == "double"
+    return Drawn(figure, caption(run, weights, doubled, records.names[rows]))
 
 
 def two_images(labels: np.ndarray, sites: np.ndarray, positive: int) -> list[int]:
@@ -149,12 +150,22 @@ def box_share(percent: np.ndarray, box: Sequence[int]) -> float:
     return float(percent[top:bottom, left:right].sum() / percent.sum())
 
 
-def caption(run: Run, weights: tuple[float, float], names: np.ndarray) -> str:
+def caption(run: Run, weights, doubled: bool, names: np.ndarray) -> str:
+    """What one sees; `doubled`: both images are of one class, and share the sum."""
+    shares = (
+        "The label of the receiver keeps the share of its map outside the box, "
+        f"{weights[0]:.2f}; that of the donor gets the share of its map in its box, "
+        f"{weights[1]:.2f}; they need not add up to 1."
+    )
+    if doubled:
+        shares = (
+            "The receiver's map outside the box and the donor's in its box together "
+            f"give {weights[0]:.2f}, which both get, for they are of one class "
+            "(config.mix.same_class=double)."
+        )
     return (
         "SnapMix. The donor's box (blue, below) is resized onto the receiver's box "
-        "(orange, above). The label of the receiver keeps the share of its map outside "
-        f"the box, {weights[0]:.2f}; that of the donor gets the share of its map in "
-        f"its box, {weights[1]:.2f}; they need not add up to 1. Colour: semantic "
+        f"(orange, above). {shares} Colour: semantic "
         "percent map of each image's own label, one scale for both, by the finished "
         f"network (in training: by the network of that step). Images {names[0]} and "
         f"{names[1]} of train. {source(run)}"

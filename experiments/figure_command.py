@@ -71,3 +71,4 @@ def show(axes, image: np.ndarray, own: np.ndarray | None = None, scale: float = 
     edges = (-0.5, side - 0.5, side - 0.5, -0.5)
     axes.imshow(large, cmap="gray", vmin=0, vmax=255, extent=edges)
     axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)

@@ -78,9 +78,8 @@ def make(given: argparse.Namespace) -> Drawn:
         )
     images = np.stack([squash(image, size) for image in records.images])
     inputs = run_maps.prepared(trained, images)
-    sites = np.minimum(records.sites, len(trained.site_names) - 1)
-    probs, _ = run_maps.look(trained, inputs, sites)
-    maps = run_maps.gradcam(trained, inputs, probs.argmax(1), sites)
+    probs, _ = run_maps.look(trained, inputs, records.sites)
+    maps = run_maps.gradcam(trained, inputs, probs.argmax(1), records.sites)
     drawn = np.asarray(upsample(np.maximum(maps, 0), size))
     grays = [gray_of(image) for image in images]
     text = np.stack([burnt_in(g[..., 0], m) for g, m in zip(grays, lungs, strict=True)])
@@ -139,7 +138,7 @@ def energies(drawn, text, lungs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     border = np.ones(drawn.shape[1:], bool)
     edge = round(BORDER * len(border))
     border[edge:-edge, edge:-edge] = False
-    known = lungs.any((1, 2), keepdims=True)
+    known, some = lungs.any((1, 2), keepdims=True), drawn.any((1, 2))
     places = {
         "on text": text,
         "in the border": np.broadcast_to(border, text.shape),
@@ -148,9 +147,9 @@ def energies(drawn, text, lungs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     found = {}
     for name, place in places.items():
         area = place.mean((1, 2))
-        there = area > 0
+        there = (area > 0) & some
         energy = quality.energy_pointing_game(drawn, place)
-        found[name] = np.where(there, energy, np.nan), np.where(there, area, np.nan)
+        found[name] = tuple(np.where(there, one, np.nan) for one in (energy, area))
     return found
 
 
@@ -158,9 +157,9 @@ def summary(found: dict) -> dict[str, tuple[float, float, int]]:
     """Place -> mean energy, mean area, and of how many images."""
     means = {}
     for name, (energy, area) in found.items():
-        both = np.isfinite(energy) & np.isfinite(area)
-        values = (energy[both].mean(), area[both].mean()) if both.any() else (0.0, 0.0)
-        means[name] = (*map(float, values), int(both.sum()))
+        known = np.isfinite(energy)
+        values = (energy[known].mean(), area[known].mean()) if known.any() else (0, 0)
+        means[name] = (*map(float, values), int(known.sum()))
     return means
 
 

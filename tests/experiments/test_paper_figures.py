@@ -192,11 +192,12 @@ def test_energies_are_shares_of_the_positive_map():
     }
     assert all(np.isnan(energy[1]) for energy, _ in found.values())
     area = found["outside the lungs"][1]
-    assert area[0] == 1 - 16 / 400 and np.isnan(area[1])  # No mask of the second.
+    assert area[0] == 1 - 16 / 400 and np.isnan(area[1])
     assert xray_figure1.summary(found)["on text"] == (0.25, 0.01, 1)
     assert xray_figure1.evenly_ranked(np.array([1, np.nan, 3, 2.0]), 2) == [2, 0]
 
 
+@pytest.mark.slow
 def test_all_figures_of_a_run_are_on_one_page(run, tmp_path, capsys):
     out = tmp_path / "figures.html"
     command = [f"--workdir={run}", f"--out={out}", "--on=phantom"]
