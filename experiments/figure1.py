@@ -48,7 +48,7 @@ def make(given: argparse.Namespace) -> Drawn:
     )
     own = cam.of_class(jnp.asarray(maps), jnp.asarray(labels))
     boxes = draw_boxes(given.seed, images.shape[1], run.config.mix.beta)
-    mixed = mixing.snapmix(
+    mixed = jax.jit(mixing.snapmix, static_argnames="same_class")(
         jnp.asarray(images),
         jnp.asarray(labels),
         own,
