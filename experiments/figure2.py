@@ -15,13 +15,14 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from cxai_jax.report import figures, pictures
+from cxai_jax.report import figures
 from cxai_jax.voting import rules
 from experiments import figure_command
-from experiments.figure_command import Drawn, show
+from experiments.figure_command import Drawn, outline, show
 from experiments.run_files import (
     Run,
     gray_of,
+    masked,
     need_votes,
     read_run,
     rows_of,
@@ -51,22 +52,21 @@ def make(given: argparse.Namespace) -> Drawn:
     before = int(votes.original[row])
     counts = [n for n in range(run.masks + 1) if n < FIRST or n > run.masks - LAST]
     probs, theta = run.predictions["probs"][row], run.config.tta.theta
+    gray, cells = gray_of(seen(run, run.records, [row])[0]), cells_of(run, [row])[0]
     figure = draw(
-        gray_of(seen(run, run.records, [row])[0]),
-        cells_of(run, [row])[0],
+        [masked(run, gray, cells[:count]) for count in counts],
         probs[:, before],
         np.asarray(rules.opposes(probs[None, 1:], np.array([before]), theta=theta))[0],
         counts,
-        patch=run.config.tta.patch,
         name=run.class_names[before],
     )
     after = run.class_names[int(votes.labels[row])]
     caption = (
         f"Image {run.predictions['names'][row]}, truly "
         f"{run.class_names[run.predictions['labels'][row]]}, while the cells of the "
-        f"largest evidence for {run.class_names[before]} are masked one by one (drawn "
-        f"black; the network sees them at {FILLS[run.config.tta.fill]}; "
-        f"{run.config.tta.patch} px a side). Red: at theta = {theta:g} the image votes "
+        f"largest evidence for {run.class_names[before]} are masked one by one "
+        f"(outlined; {run.config.tta.patch} px a side, filled with "
+        f"{FILLS[run.config.tta.fill]}). Red: at theta = {theta:g} the image votes "
         "against the label. "
         f"{int(votes.opposing[row])} of {run.masks} do: the label after voting is "
         f"{after}. {source(run)}"
@@ -83,24 +83,25 @@ def cells_of(run: Run, rows: Sequence[int]) -> np.ndarray:
     return np.asarray(rules.rank_cells(maps, grid=grid, k=run.masks, patch=patch))
 
 
-def draw(gray, cells, scores, against, counts, *, patch: int, name: str) -> Figure:
+def draw(images, scores, against, counts, *, name: str) -> Figure:
     """Rows of masked images.
 
     Args:
-      gray: uint8 [S, S, 1].
-      cells: int [k], best first.
+      images: pairs of uint8 [S, S, 1] and where it is masked, bool [S, S].
       scores: p_0 .. p_k of the first label, [k + 1].
       against: whether p_1 .. p_k vote against it, bool [k].
-      counts: masked cells of each image drawn.
-      patch: pixels, side of a cell.
+      counts: masked cells of each image.
       name: of the first label.
     """
     with rc_context(figures.STYLE):
         lines = -(-len(counts) // FIRST)
         figure = Figure((8.0, 2.45 * lines), layout="constrained")
-        for place, count in enumerate(counts, 1):
-            axes = figure.add_subplot(lines, FIRST, place)
-            show(axes, pictures.without_cells(gray, cells[:count], patch=patch))
+        for number, (count, (image, place)) in enumerate(
+            zip(counts, images, strict=True), 1
+        ):
+            axes = figure.add_subplot(lines, FIRST, number)
+            show(axes, image)
+            outline(axes, place, figures.COLOURS[1])
             axes.set_title(f"image {count}" if count else "the image", fontsize=9)
             axes.set_xlabel(
                 f"{name}: {scores[count]:.3f}",

@@ -26,6 +26,7 @@ from experiments import figure_command
 from experiments.figure_command import Drawn
 from experiments.run_files import need_votes, read_run, source
 
+LEAST = 0.1  # Height of the panels, accuracy.
 THETAS = np.round(np.arange(0.05, 0.51, 0.05), 2)
 
 
@@ -153,6 +154,10 @@ def draw(
             )
             panels[2].set(xlabel="n, patches per group (CPE)", title="c")
             panels[2].set_xticks(list(patches))
+        low, high = panels[0].get_ylim()
+        if high - low < LEAST:  # One image must not look like a cliff.
+            middle = (low + high) / 2
+            panels[0].set_ylim(middle - LEAST / 2, middle + LEAST / 2)
         panels[0].plot([], [], color=figures.INK, ls="--", lw=0.9, label="no voting")
         figure.legend(loc="outside lower center", ncols=len(swept) + 1)
     return figure

@@ -21,9 +21,10 @@ from cxai_jax.report import figures, pictures
 from cxai_jax.voting import rules
 from experiments import figure_command, run_maps
 from experiments.figure2 import cells_of
-from experiments.figure_command import Drawn, show
+from experiments.figure_command import Drawn, outline, show
 from experiments.run_files import (
     gray_of,
+    masked,
     need_votes,
     read_run,
     rows_of,
@@ -55,7 +56,7 @@ def make(given: argparse.Namespace) -> Drawn:
     cells, images = cells_of(run, rows), seen(run, run.records, rows)
     trained = run_maps.load(given.workdir)
     side = run.config.data.image_size // tta.patch
-    masked = np.asarray(
+    inputs = np.asarray(
         rules.masked_images(
             jnp.asarray(run_maps.prepared(trained, images)),
             jnp.asarray(cells),
@@ -63,18 +64,20 @@ def make(given: argparse.Namespace) -> Drawn:
             fill=tta.fill,
         )
     )[:, counts]
-    forms = masked.reshape(-1, *masked.shape[2:])
+    inputs = inputs.reshape(-1, *inputs.shape[2:])
     labels, sites = (
         np.repeat(values, len(counts))
         for values in (before[rows], predictions["sites"][rows])
     )
-    _, class_maps = run_maps.look(trained, forms, sites)
+    _, class_maps = run_maps.look(trained, inputs, sites)
     cams = class_maps[np.arange(len(labels)), :, :, labels]
-    attributed = run_maps.guided_factorization(trained, forms, labels, sites)
+    attributed = run_maps.guided_factorization(trained, inputs, labels, sites)
     names = run.class_names
     figure = draw(
-        [gray_of(image) for image in images],
-        cells,
+        [
+            [masked(run, gray_of(image), own[:count]) for count in counts]
+            for image, own in zip(images, cells, strict=True)
+        ],
         counts,
         [predictions["probs"][row, :, before[row]] for row in rows],
         {
@@ -86,14 +89,13 @@ def make(given: argparse.Namespace) -> Drawn:
             f"{opposing[row]} of {run.masks} oppose: {names[after[row]]}"
             for row in rows
         ],
-        patch=tta.patch,
         theta=tta.theta,
     )
     return Drawn(
         figure,
-        "Images while the best cells of their first class map are removed (drawn "
-        "black), each under the map of that very form for the first label. CAM: class "
-        "map, which ranks the cells, one scale for all forms of an image. AGF: "
+        "Images while the best cells of their first class map are removed "
+        "(outlined), each under the map of that very form for the first label. CAM: "
+        "class map, which ranks the cells, one scale for all forms of an image. AGF: "
         "attribution of Gur et al. (2021) in means over cells, each over its own "
         "maximum. Right: probability of the first label; below theta = "
         f"{tta.theta:g} (gray) a form of one of two classes votes against it. "
@@ -101,26 +103,22 @@ def make(given: argparse.Namespace) -> Drawn:
     )
 
 
-def draw(
-    grays, cells, counts, scores, maps: dict, captions, *, patch: int, theta: float
-) -> Figure:
+def draw(forms, counts, scores, maps: dict, captions, *, theta: float) -> Figure:
     """For each image a row for each kind of map, and its score beside them.
 
     Args:
-      grays: uint8 [S, S, 1] per image.
-      cells: int [N, k], best first.
+      forms: per image pairs of uint8 [S, S, 1] and where it is masked, bool [S, S].
       counts: removed cells of each form, int [forms].
       scores: per image [k + 1], of the first label.
       maps: name -> [N, forms, h, w].
       captions: one per image.
-      patch: pixels, side of a cell.
       theta: support threshold.
     """
     with rc_context(figures.STYLE):
         width, height = 1.7 * len(counts) + 2.9, 1.95 * len(maps) + 0.35
-        figure = Figure((width, height * len(grays)), layout="constrained")
+        figure = Figure((width, height * len(forms)), layout="constrained")
         for number, part in enumerate(
-            np.atleast_1d(figure.subfigures(len(grays), 1, hspace=0.03))
+            np.atleast_1d(figure.subfigures(len(forms), 1, hspace=0.03))
         ):
             part.suptitle(captions[number], fontsize=9, x=0.01, ha="left")
             grid = part.add_gridspec(
@@ -131,11 +129,10 @@ def draw(
                 for place, count in enumerate(counts):
                     axes = part.add_subplot(grid[line, place])
                     one = of_all[number, place]
-                    masked = pictures.without_cells(
-                        grays[number], cells[number, :count], patch=patch
-                    )
+                    image, removed = forms[number][place]
                     scale = float(one.max()) if name == "AGF" else own
-                    show(axes, masked, one, scale)
+                    show(axes, image, one, scale)
+                    outline(axes, removed, figures.COLOURS[1])
                     if not place:
                         axes.set_ylabel(name)
                     if line == len(maps) - 1:

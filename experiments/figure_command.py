@@ -72,3 +72,9 @@ def show(axes, image: np.ndarray, own: np.ndarray | None = None, scale: float = 
     axes.imshow(large, cmap="gray", vmin=0, vmax=255, extent=edges)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
+
+
+def outline(axes, place: np.ndarray, colour: str) -> None:
+    """Draws the edge of a place, bool [S, S], over an image of `show`."""
+    if place.any():
+        axes.contour(place, levels=[0.5], colors=colour, linewidths=1)

@@ -11,6 +11,7 @@ from cxai_jax import data
 from cxai_jax.config import read_config
 from cxai_jax.data import transforms
 from cxai_jax.data.records import Dataset, Records
+from cxai_jax.models import normalisation
 from cxai_jax.scoring import evaluate
 from cxai_jax.writer import read_json
 
@@ -114,6 +115,28 @@ def seen(run: Run, records: Records, rows: Sequence[int]) -> np.ndarray:
 def gray_of(image: np.ndarray) -> np.ndarray:
     """uint8 [S, S, C] -> [S, S, 1]: the mean of the channels."""
     return image.mean(-1, keepdims=True).round().astype(np.uint8)
+
+
+def masked(
+    run: Run, gray: np.ndarray, cells: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image with cells masked as voting does, by `config.tta.fill`.
+
+    Args:
+      run: whose voting.
+      gray: uint8 [S, S, 1].
+      cells: flat cell indices.
+
+    Returns:
+      uint8 [S, S, 1], and where it is masked, bool [S, S].
+    """
+    side = run.config.data.image_size // run.config.tta.patch
+    place = np.isin(np.arange(side**2), cells).reshape(side, side)
+    place = np.kron(place, np.ones((run.config.tta.patch,) * 2)) > 0
+    mean, _ = normalisation(run.config.model.name)
+    fills = {"min": gray.min(), "mean": gray.mean(), "zero": np.mean(mean)}
+    value = np.uint8(fills[run.config.tta.fill])
+    return np.where(place[..., None], value, gray), place
 
 
 def rows_of(names: np.ndarray, wanted: Sequence[str]) -> list[int]:

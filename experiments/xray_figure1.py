@@ -9,7 +9,7 @@ Grad-CAM's positive energy on burnt-in text, in the border and outside the lungs
 measured, with the share of the image that each takes: a map without a place has that.
 
 Text is found by its looks, not read: small, sharp and white marks outside the lungs
-(`burnt_in`). It misses gray letters and takes clips and electrodes for text.
+(`burnt_in`). It misses gray and very small letters and takes arrows and clips for text.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from cxai_jax.maps.grid import upsample
 from cxai_jax.report import figures, pictures
 from cxai_jax.scoring import explanations
 from experiments import figure_command, run_maps
-from experiments.figure_command import Drawn, show
+from experiments.figure_command import Drawn, outline, show
 from experiments.run_files import gray_of
 
 SHOWN = 6  # Images drawn.
 BORDER = 0.1  # Of each side, as in `quality.border_mass`.
-WHITE = 0.95  # Of the brightest pixel: how bright a letter is at least,
-CONTRAST = 60  # gray levels above its surroundings;
+WHITE = 0.7  # Of the brightest pixel: how bright a letter is at least,
+CONTRAST = 110  # gray levels above its surroundings;
 LETTER = 0.09  # half of the longest side of its box, share of the image's.
 REACH = 0.02  # Of the side: by which a letter's box grows.
 
@@ -82,7 +82,7 @@ def make(given: argparse.Namespace) -> Drawn:
     maps = run_maps.gradcam(trained, inputs, probs.argmax(1), records.sites)
     drawn = np.asarray(upsample(np.maximum(maps, 0), size))
     grays = [gray_of(image) for image in images]
-    text = np.stack([burnt_in(g[..., 0], m) for g, m in zip(grays, lungs, strict=True)])
+    text = np.stack([text_of(records, row, size) for row in range(len(records))])
     found = energies(drawn, text, lungs)
     rows = evenly_ranked(found["outside the lungs"][0], SHOWN)
     figure = draw(
@@ -96,17 +96,25 @@ def make(given: argparse.Namespace) -> Drawn:
     return Drawn(figure, caption(given, here, config, records, found, other))
 
 
+def text_of(records: Records, row: int, size: int) -> np.ndarray:
+    """`burnt_in` of an image as it is stored, bool at the network's size [S, S]."""
+    gray, mask = gray_of(records.images[row])[..., 0], records.lung_masks[row]
+    lungs = np.zeros(gray.shape, bool) if mask is None else np.asarray(mask) > 0
+    found = np.where(burnt_in(gray, lungs), 255, 0).astype(np.uint8)
+    return squash(found[..., None], size)[..., 0] > 0
+
+
 def burnt_in(gray: np.ndarray, lungs: np.ndarray) -> np.ndarray:
     """Boxes around small white marks that are brighter than what surrounds them.
 
     Args:
-      gray: uint8 [S, S].
-      lungs: bool [S, S]; what touches them is anatomy or a lead, not text.
+      gray: uint8 [H, W].
+      lungs: bool [H, W]; what touches them is anatomy or a lead, not text.
 
     Returns:
-      bool [S, S].
+      bool [H, W].
     """
-    side = len(gray)
+    side = min(gray.shape)
     stroke = max(3, round(LETTER * side))
     raised = ndimage.white_tophat(gray.astype(np.int16), size=stroke) >= CONTRAST
     white = gray >= WHITE * gray.max()
@@ -198,9 +206,8 @@ def draw(grays, maps, places, texts, means: dict) -> Figure:
         ):
             axes = figure.add_subplot(grid[place // columns, place % columns])
             show(axes, gray, one, pictures.common_scale([one]))
-            for mask, colour in ((lungs, "white"), (text, "#e03030")):
-                if mask.any():
-                    axes.contour(mask, levels=[0.5], colors=colour, linewidths=1)
+            outline(axes, lungs, "white")
+            outline(axes, text, "#e03030")
             axes.set_xlabel(words, fontsize=8)
         axes = figure.add_subplot(grid[:, -1])
         across = np.arange(len(means))

@@ -85,14 +85,16 @@ def test_masked_images_have_the_scores_of_the_predictions_file(run):
     shown = [axes.get_xlabel().split(": ")[1] for axes in drawn.figure.get_axes()]
     assert shown == [f"{p:.3f}" for p in predictions["probs"][2, :, label]]
     assert name in drawn.caption and "of 3 do" in drawn.caption
-    # Cells are masked in the order of scoring, and no earlier one comes back.
-    counts = [
-        (axes.images[0].get_array()[..., :3] == 0).all(-1).sum()
-        if axes.images[0].get_array().ndim == 3
-        else (axes.images[0].get_array() == 0).sum()
-        for axes in drawn.figure.get_axes()
-    ]
-    assert counts == sorted(counts) and counts[-1] > counts[0]
+    # What is drawn is what scoring masked, in that order.
+    seen = run_files.read_run(run)
+    gray = np.random.default_rng(0).integers(50, 200, (32, 32, 1), np.uint8)
+    cells = figure2.cells_of(seen, [2])[0]
+    for count in (0, 1, 3):
+        image, place = run_files.masked(seen, gray, cells[:count])
+        assert place.sum() == count * 8 * 8 and (image[place] == gray.min()).all()
+        np.testing.assert_array_equal(image[~place], gray[~place])
+        corners = {(c // 4 * 8, c % 4 * 8) for c in cells[:count]}
+        assert all(place[r : r + 8, c : c + 8].all() for r, c in corners)
 
 
 def test_the_sweep_equals_counting_every_vote():
