@@ -20,6 +20,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from cxai_jax.inference import predictor
 from cxai_jax.maps import cam
 from cxai_jax.objectives import mixing
 from cxai_jax.report import figures, pictures
@@ -42,7 +43,7 @@ def make(given: argparse.Namespace) -> Drawn:
         records.labels, records.sites, run.dataset.positive
     )
     images, labels = seen(run, records, rows), records.labels[rows]
-    trained = run_maps.load(given.workdir)
+    trained = predictor.load(given.workdir)
     _, maps = run_maps.look(
         trained, run_maps.prepared(trained, images), records.sites[rows]
     )

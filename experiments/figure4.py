@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from cxai_jax import data
+from cxai_jax.inference import predictor
 from cxai_jax.inference.predictor import Trained
 from cxai_jax.mesh import make_mesh
 from cxai_jax.scoring import evaluate
-from experiments import figure_command, run_maps
+from experiments import figure_command
 from experiments.figure3 import draw, sweep
 from experiments.figure_command import Drawn
+from experiments.run_files import trained_as
 
 SHARE = 0.3  # Of the training images, as Appendix A says.
 MASKS = 31  # k, where the run was not scored with voting.
@@ -38,7 +40,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def make(given: argparse.Namespace) -> Drawn:
-    trained = run_maps.load(given.workdir)
+    trained = predictor.load(given.workdir)
     config = trained.config
     splits = data.load(config.data).splits
     if given.split not in splits:
@@ -56,7 +58,7 @@ def make(given: argparse.Namespace) -> Drawn:
     found = predict(trained, records, k)
     patches = defaultdict(list)
     for workdir in (given.workdir, *given.patches) if given.patches else ():
-        other = run_maps.load(workdir)
+        other = predictor.load(workdir)
         plain = predict(other, records, 0)
         right = plain["probs"][:, 0].argmax(1) == plain["labels"]
         patches[other.config.cpe.num_patches].append(float(right.mean()))
@@ -78,9 +80,7 @@ def make(given: argparse.Namespace) -> Drawn:
         figure,
         f"As Figure 3, on a random {100 * given.share:g} % of {given.split} "
         f"({number} images, seed {given.seed}; one is {100 / number:.2g} points). "
-        f"{seen} Run {given.workdir.name}: {config.model.name}, "
-        f"{config.data.image_size} px, {config.train.epochs:g} epochs, seed "
-        f"{config.seed}, on {config.data.name}.",
+        f"{seen} {trained_as(given.workdir, config)}.",
     )
 
 

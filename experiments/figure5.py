@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from cxai_jax.inference import predictor
 from cxai_jax.report import figures, pictures
 from experiments import figure_command, run_maps
 from experiments.figure_command import Drawn, show
@@ -59,7 +60,7 @@ def make(given: argparse.Namespace) -> Drawn:
     for run, chances in zip(runs, probs, strict=True):
         decided = chances[rows].argmax(1)
         evidence = pictures.evidence(run.predictions["class_maps"][rows], decided)
-        trained = run_maps.load(run.workdir)
+        trained = predictor.load(run.workdir)
         inputs = run_maps.prepared(trained, seen(run, run.records, rows))
         attributed = run_maps.guided_factorization(
             trained, inputs, decided, run.predictions["sites"][rows]

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from cxai_jax.inference import predictor
 from cxai_jax.report import figures, pictures
 from cxai_jax.voting import rules
 from experiments import figure_command, run_maps
@@ -54,7 +55,7 @@ def make(given: argparse.Namespace) -> Drawn:
     )
     counts = np.unique(np.linspace(0, run.masks, FORMS).round().astype(int))
     cells, images = cells_of(run, rows), seen(run, run.records, rows)
-    trained = run_maps.load(given.workdir)
+    trained = predictor.load(given.workdir)
     side = run.config.data.image_size // tta.patch
     inputs = np.asarray(
         rules.masked_images(

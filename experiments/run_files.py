@@ -95,14 +95,21 @@ def title(config: ConfigDict) -> str:
     return TITLES[config.mix.name == "snapmix", config.cpe.weight > 0]
 
 
-def source(run: Run) -> str:
-    """A sentence for a caption: which run, of what data, and how good it is."""
-    config, score = run.config, run.results["metrics"]["all"]
+def trained_as(workdir: Path, config: ConfigDict) -> str:
+    """Which run it is and how it was trained, for a caption."""
     return (
-        f"Run {run.workdir.name}: {title(config)}, {config.model.name}, "
+        f"Run {workdir.name}: {title(config)}, {config.model.name}, "
         f"{config.data.image_size} px, {config.train.epochs:g} epochs, seed "
-        f"{config.seed}, on {config.data.name}; {100 * score['accuracy']:.1f} % right "
-        f"of {len(run.predictions['labels'])} images of {config.data.test}."
+        f"{config.seed}, on {config.data.name}"
+    )
+
+
+def source(run: Run) -> str:
+    """A sentence for a caption: `trained_as`, and how good the run is."""
+    accuracy = 100 * run.results["metrics"]["all"]["accuracy"]
+    return (
+        f"{trained_as(run.workdir, run.config)}; {accuracy:.1f} % right of "
+        f"{len(run.predictions['labels'])} images of {run.config.data.test}."
     )
 
 

@@ -2,29 +2,18 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cxai_jax.data.augment import normalise
-from cxai_jax.inference import predictor
 from cxai_jax.inference.predictor import Trained
 from cxai_jax.maps import attribution, saliency
 from cxai_jax.models import needs_site
 
 BATCH = 4  # Images at once: one compiled program for any number.
 CELLS = 28  # A side at most, on which an attribution is drawn.
-
-
-def load(workdir: Path) -> Trained:
-    """The network that a run selected.
-
-    Raises:
-      FileNotFoundError, ValueError: as `predictor.load`.
-    """
-    return predictor.load(workdir)
 
 
 def prepared(trained: Trained, images: np.ndarray) -> np.ndarray:

@@ -26,13 +26,14 @@ from cxai_jax import data
 from cxai_jax.config import read_config
 from cxai_jax.data.records import Records
 from cxai_jax.data.transforms import squash
+from cxai_jax.inference import predictor
 from cxai_jax.maps import quality
 from cxai_jax.maps.grid import upsample
 from cxai_jax.report import figures, pictures
 from cxai_jax.scoring import explanations
 from experiments import figure_command, run_maps
 from experiments.figure_command import Drawn, outline, show
-from experiments.run_files import gray_of
+from experiments.run_files import gray_of, trained_as
 
 SHOWN = 6  # Images drawn.
 BORDER = 0.1  # Of each side, as in `quality.border_mass`.
@@ -54,9 +55,12 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def make(given: argparse.Namespace) -> Drawn:
-    trained = run_maps.load(given.workdir)
+    trained = predictor.load(given.workdir)
     config = read_config(given.workdir)
-    here = config.data.name
+    run, own = (
+        trained_as(given.workdir, config),
+        (config.data.name, config.data.data_dir),
+    )
     if given.on:
         config.data.update({"name": given.on, "split": "", "fold": ""})
     if given.data_dir:
@@ -71,10 +75,11 @@ def make(given: argparse.Namespace) -> Drawn:
     records = records.subset(explanations.evenly(len(records), given.limit))
     size = config.data.image_size
     lungs = explanations.lung_masks(records, size)
-    if lungs is None:
+    if lungs is None or not lungs.any():
         raise ValueError(
-            f"{config.data.name} has no lung masks, so what lies outside the lungs "
-            "cannot be told; name a data set that has, with --on (cxr, phantom)"
+            f"{config.data.name} has no lung masks in {given.split}, so what lies "
+            "outside the lungs cannot be told; name a data set that has some with --on, "
+            "cxr or phantom"
         )
     images = np.stack([squash(image, size) for image in records.images])
     inputs = run_maps.prepared(trained, images)
@@ -92,8 +97,8 @@ def make(given: argparse.Namespace) -> Drawn:
         [caption_of(trained.class_names[probs[r].argmax()], found, r) for r in rows],
         summary(found),
     )
-    other = bool(given.on or given.data_dir)
-    return Drawn(figure, caption(given, here, config, records, found, other))
+    other = own != (config.data.name, config.data.data_dir)
+    return Drawn(figure, caption(given, run, records, found, other))
 
 
 def text_of(records: Records, row: int, size: int) -> np.ndarray:
@@ -234,28 +239,29 @@ def draw(grays, maps, places, texts, means: dict) -> Figure:
     return figure
 
 
-def caption(given, here, config, records: Records, found: dict, other: bool) -> str:
-    where = f"{len(records)} images of {given.split} of {config.data.name}"
-    if given.data_dir:
-        where += f" in {Path(given.data_dir).name}"
+def caption(given, run: str, records: Records, found: dict, other: bool) -> str:
+    """What one sees; `run` says which network, `other` whether on another's images."""
+    where = " ".join(
+        part
+        for part in (
+            f"{len(records)} images of {given.split}",
+            given.on and f"of {given.on}",
+            given.data_dir and f"in {Path(given.data_dir).name}",
+        )
+        if part
+    )
     means = summary(found)
     shares = "; ".join(
         f"{name} {100 * energy:.0f} % on {100 * area:.0f} % of the image "
         f"({count} images)"
         for name, (energy, area, count) in means.items()
     )
-    which = (
-        f"trained on {here}, seen on another collection, {where}"
-        if other
-        else f"trained on {here} and seen on its own images, {where}: name another "
-        "collection with --on and --data_dir"
-    )
+    which = "another collection" if other else "no other collection (see --on)"
     return (
-        f"Grad-CAM, one stage before the last, of the predicted label, positive part, "
-        f"each on its own scale. Lungs white, marks taken for text red (found by their "
-        f"looks, with errors). From most to least energy outside the lungs. Mean share "
-        f"of the energy: {shares}. Run {given.workdir.name}, {config.model.name}, "
-        f"{config.data.image_size} px, {config.train.epochs:g} epochs, {which}."
+        "Grad-CAM, one stage before the last, of the predicted label, positive part, "
+        "each on its own scale. Lungs white, marks taken for text red (found by their "
+        "looks, with errors). From most to least energy outside the lungs. Mean share "
+        f"of the energy: {shares}. {run}; seen on {which}, {where}."
     )
 
 

@@ -199,6 +199,19 @@ def test_energies_are_shares_of_the_positive_map():
     assert xray_figure1.evenly_ranked(np.array([1, np.nan, 3, 2.0]), 2) == [2, 0]
 
 
+def test_the_xray_figure_measures_and_needs_lung_masks(run, monkeypatch):
+    drawn = made(xray_figure1, run, "--split=val", "--limit=6")
+    assert "outside the lungs" in drawn.caption and "6 images of val" in drawn.caption
+    assert len(drawn.figure.get_axes()) == 6 + 1
+    with pytest.raises(ValueError, match="phantom has no split 'tests'; known: train"):
+        made(xray_figure1, run, "--split=tests")
+    monkeypatch.setattr(
+        xray_figure1.explanations, "lung_masks", lambda records, size: None
+    )
+    with pytest.raises(ValueError, match="phantom has no lung masks in test, so what"):
+        made(xray_figure1, run)
+
+
 @pytest.mark.slow
 def test_all_figures_of_a_run_are_on_one_page(run, tmp_path, capsys):
     out = tmp_path / "figures.html"
@@ -206,7 +219,7 @@ def test_all_figures_of_a_run_are_on_one_page(run, tmp_path, capsys):
     assert all_figures.main(command) == 0
     page = out.read_text()
     assert page.count("data:image/jpeg;base64,") == len(all_figures.FIGURES) == 7
-    assert "seen on another collection" in page and "http" not in page.split("<main")[1]
+    assert "no other collection" in page and "http" not in page.split("<main")[1]
     assert "7 of 7 figures" in capsys.readouterr().out
 
 
