@@ -78,8 +78,8 @@ def make(given: argparse.Namespace) -> Drawn:
     if lungs is None or not lungs.any():
         raise ValueError(
             f"{config.data.name} has no lung masks in {given.split}, so what lies "
-            "outside the lungs cannot be told; name a data set that has some with --on, "
-            "cxr or phantom"
+            "outside the lungs cannot be told; name one that has some with --on, cxr "
+            "or phantom"
         )
     images = np.stack([squash(image, size) for image in records.images])
     inputs = run_maps.prepared(trained, images)
