@@ -31,7 +31,7 @@ from experiments import (
     xray_figure1,
 )
 
-WIDTH, SHADES = 720, 64  # Pixels and colours of a small picture.
+WIDTH = 840  # Pixels of a small picture.
 FIGURES = {
     "CT paper, Figure 1: SnapMix": (figure1, ()),
     "CT paper, Figure 2: masked images": (figure2, ()),
@@ -90,7 +90,9 @@ def small_png(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.open(io.BytesIO(encoded(figure, "png"))).convert("RGB")
     picture.thumbnail((WIDTH, 2 * WIDTH), Image.Resampling.LANCZOS)
-    picture.quantize(SHADES).save(path, optimize=True)
+    # An octree keeps the few colours beside many grays.
+    few = picture.quantize(256, method=Image.Quantize.FASTOCTREE)
+    few.save(path, optimize=True)
 
 
 def encoded(figure, kind: str = "jpeg") -> bytes:

@@ -9,7 +9,8 @@ Grad-CAM's positive energy on burnt-in text, in the border and outside the lungs
 measured, with the share of the image that each takes: a map without a place has that.
 
 Text is found by its looks, not read: small, sharp and white marks outside the lungs
-(`burnt_in`). It misses gray and very small letters and takes arrows and clips for text.
+(`burnt_in`). It misses gray and very small letters and takes arrows and clips for text,
+and on the phantoms, which are CT slices, ribs.
 """
 
 import argparse
