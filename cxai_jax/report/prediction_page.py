@@ -109,7 +109,8 @@ def _card(results: dict) -> str:
         for name in ("cxai-jax", "jax", "flax")
         if name in versions
     )
-    clean = facts["Leakage check"] == "clean"
+    warnings = scores.warnings_of(results)
+    clean = facts["Leakage check"] == "clean" and not warnings  # Green reads as good.
     entries = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(str(text))}</dd></div>"
         for name, text in facts.items()
@@ -117,10 +118,7 @@ def _card(results: dict) -> str:
     return page.section(
         "The model",
         f'<dl class="card {"fine" if clean else "warn"}">{entries}</dl>',
-        *(
-            f'<p class="verdict warn">{escape(text)}</p>'
-            for text in scores.warnings_of(results)
-        ),
+        *(f'<p class="verdict warn">{escape(text)}</p>' for text in warnings),
     )
 
 

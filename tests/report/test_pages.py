@@ -610,6 +610,22 @@ def test_few_images_and_unattainable_points_are_said_not_computed(finished):
     assert "Only 12 validation images" in terminal.summary(made)
 
 
+@pytest.mark.parametrize(
+    ("recall", "specificity", "never"),
+    [(0, 1, ["sick"]), (1, 0, ["healthy"]), (0.5, 1, []), (0, None, [])],
+)
+def test_a_class_that_nothing_is_given_to_is_named(recall, specificity, never):
+    scored = {"all": {"recall": recall, "specificity": specificity}}
+    data = {"class_names": ["healthy", "sick"], "positive": "sick"}
+    made = {"data": data, "metrics": scored}
+    assert scores.never_predicted(made) == never
+    made["data"] = data | {"class_names": ["a", "b", "c"]}
+    scored["all"] |= {"recall_0": 0.0, "recall_1": 0.0, "recall_2": 1.0}
+    specific = {"a": 1.0, "b": 0.9, "c": 0.1}
+    scored["per_class"] = {n: {"specificity": s} for n, s in specific.items()}
+    assert scores.never_predicted(made) == ["a"]
+
+
 def test_a_score_that_chance_would_reach_says_so(finished):
     results = json.loads(json.dumps(finished[0]))
     every = results["metrics"]["all"]
