@@ -126,7 +126,9 @@ def _single_frame(data: bytes, name: str) -> np.ndarray:
 
 def to_gray(frame: np.ndarray) -> np.ndarray:
     """Luma (ITU-R 601) of uint8 [H, W, 3], or [H, W] as it is: uint8 [H, W, 1]."""
-    return np.asarray(Image.fromarray(frame).convert("L"))[..., None]
+    if frame.ndim == 3:
+        frame = np.asarray(Image.fromarray(frame).convert("L"))
+    return frame[..., None]
 
 
 def as_stored(image: np.ndarray, side: int | None = STORED_SIDE) -> np.ndarray:
