@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
     # kept whole (site A: blocks of file numbers); "": the split as prepared.
     data.fold = ""
     data.split_seed = 0  # Seed of the folds.
+    data.positive = ""  # tfds only: class whose sensitivity is reported, if not clear.
     data.fit = "train"  # Splits trained on: train | train+val.
     data.target = ""  # Splits of unlabelled images, for methods that take them.
     data.other = ""  # Splits of a third domain, unlabelled too (dranet).

@@ -63,6 +63,7 @@ ADDED_FIELDS = {
     "ms_net.distill": 0.5,
     "data.fold": "",
     "data.split_seed": 0,
+    "data.positive": "",
     "augment.rotate": 0.0,
     "augment.intensity": 0.0,
     "cpe.sqrt_d": False,

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from cxai_jax.data import cxr, digits, folder, folds, phantom, sites, tfds_digits
+from cxai_jax.data import cxr, digits, folder, folds, phantom, sites, tfds_sets
 from cxai_jax.data.records import Dataset, DatasetSpec
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -15,7 +15,7 @@ DATASETS: dict[str, DatasetSpec] = {
     "mnist": digits.MNIST,
     "usps": digits.USPS,
     "mnist_m": digits.MNIST_M,
-    "tfds": tfds_digits.SPEC,
+    "tfds": tfds_sets.SPEC,
 }
 NAMED = ("folder", "tfds")  # Whose own names follow behind a colon.
 
@@ -45,7 +45,7 @@ def spec_of(name: str) -> DatasetSpec:
     if kind not in DATASETS or (directory and kind not in NAMED):
         raise ValueError(
             f"config.data.name is {name!r}; known: {', '.join(DATASETS)}, folder:NAME, "
-            "tfds:mnist"
+            "tfds:NAME"
         )
     return DATASETS[kind]
 

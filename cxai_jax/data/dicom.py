@@ -3,14 +3,16 @@
 import io
 import os
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from cxai_jax.data import levels, reading
+from cxai_jax.data import levels, reading, splits
 from cxai_jax.data.privacy import pseudonym
 
 LUNG_WINDOW = (-600.0, 1500.0)  # Hounsfield units: centre, width.
@@ -27,10 +29,15 @@ def is_dicom(file: Path) -> bool:
         return False
 
 
-def patients(files: Sequence[Path], keep_ids: bool = False) -> list[str]:
-    """The patient of each file from its PatientID, "" where there is none.
+class Header(NamedTuple):
+    """Whose a file is and how many slices it holds."""
 
-    Dates and names are not read, so no split can follow them.
+    patient: str  # PatientID, else the series where that has several slices, else "".
+    frames: int  # 1 for any other file than DICOM.
+
+
+def headers(files: Sequence[Path], keep_ids: bool = False) -> list[Header]:
+    """What DICOM says of each file; no date or name is read, so no split follows them.
 
     Args:
       files: images of any kind; others than DICOM have no patient here.
@@ -39,22 +46,54 @@ def patients(files: Sequence[Path], keep_ids: bool = False) -> list[str]:
         the numbers can try them all: it is a pseudonym, not anonymity.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(_patient_id, files))
-    return found if keep_ids else [pseudonym(one, "") for one in found]
+        found = list(pool.map(_read_header, files))
+    slices = Counter()
+    for _, series, frames in found:
+        slices[series] += frames
+    told = []
+    for patient, series, frames in found:
+        if not patient and series and slices[series] > 1:
+            patient, prefix = series, splits.SERIES
+        else:
+            prefix = ""
+        name = patient if keep_ids else pseudonym(patient, "")
+        told.append(Header(prefix + name, frames))
+    return told
 
 
-def _patient_id(file: Path) -> str:
+def _read_header(file: Path) -> tuple[str, str, int]:
+    """PatientID, the series (of a file without one the file itself), and frames."""
     if not is_dicom(file):
-        return ""
+        return "", "", 1
+    tags = ["PatientID", "SeriesInstanceUID", "NumberOfFrames"]
     try:
         import pydicom  # The optional extra `dicom`.
 
-        header = pydicom.dcmread(
-            file, stop_before_pixels=True, specific_tags=["PatientID"]
-        )
-        return str(header.get("PatientID") or "").strip()
+        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
+        patient, series = (str(header.get(t) or "").strip() for t in tags[:2])
+        return patient, series or str(file), max(1, int(header.get(tags[2]) or 1))
     except Exception:  # Reading the pixels names what is wrong with the file.
-        return ""
+        return "", "", 1
+
+
+def oddities(data: bytes) -> list[str]:
+    """What was done to the values of a DICOM file beyond a window, in words."""
+    import pydicom
+
+    tags = ["PhotometricInterpretation", "Modality", "WindowWidth", "VOILUTSequence"]
+    tags += ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
+    header = pydicom.dcmread(
+        io.BytesIO(data), stop_before_pixels=True, specific_tags=tags
+    )
+    kind = str(header.get("PhotometricInterpretation") or "").strip()
+    told = []
+    if kind == "MONOCHROME1":
+        told.append("MONOCHROME1, inverted so that air is dark")
+    elif kind != "MONOCHROME2":
+        told.append(f"{kind or 'no photometric interpretation'}, not MONOCHROME")
+    elif header.get("Modality") != "CT" and not any(t in header for t in tags[2:]):
+        told.append("no window, shown from its lowest to its highest value")
+    return told
 
 
 def memory(data: bytes) -> int:

@@ -1,8 +1,12 @@
 """Any `class_name/*.png|jpg|jpeg|tif|tiff|bmp|dcm` tree as a data set.
 
+A folder of DICOM slices in a class folder is a series, the frames of a DICOM file are
+slices, `a.dcm#3`; all of them are of one patient.
+
 Beside the class folders may lie `splits.csv` (columns file,split) and `patients.csv`
 (columns file,patient); file is `class_name/name.png`, or `name.png` if that is unique.
-Without patients.csv, DICOM files say whose they are (PatientID, stored as a pseudonym).
+Without patients.csv, DICOM files say whose they are (PatientID, stored as a pseudonym;
+without it the series, where it has several slices).
 Without splits.csv the split is drawn here: patient-disjoint where patients are given,
 else image-level, and labelled so.
 
@@ -20,7 +24,14 @@ from ml_collections import ConfigDict
 
 from cxai_jax.data import dicom, splits, store, tables
 from cxai_jax.data import labels as labelled
-from cxai_jax.data.plan import Plan, Source, class_files, is_image
+from cxai_jax.data.plan import (
+    Plan,
+    Source,
+    by_frame,
+    class_files,
+    is_image,
+    is_series,
+)
 from cxai_jax.data.positive import positive_class
 from cxai_jax.data.reading import printable
 from cxai_jax.data.records import SPLITS, Dataset, DatasetSpec
@@ -72,14 +83,15 @@ def plan_folder(
         (file, label, split)
         for split, root in roots.items()
         for label, c in enumerate(class_names)
-        for file in class_files(*_images_of(root / c))
+        for file in class_files(*_images_of(root / c), series=True)
     ]
     files, labels, folder_splits = zip(*found, strict=True)
     labels = np.array(labels)
     names = [printable(file.relative_to(source)) for file in files]
+    headers = dicom.headers(files, keep_ids)
     patients = _column(source / "patients.csv", "patient", names)
     if patients is None:
-        patients = dict(zip(names, dicom.patients(files, keep_ids), strict=True))
+        patients = {n: h.patient for n, h in zip(names, headers, strict=True)}
     given = _column(source / "splits.csv", "split", names)
     ids = [patients.get(n, "") for n in names]
     if split == "test":
@@ -98,10 +110,13 @@ def plan_folder(
         class_names=tuple(class_names),
         site_names=(name,),
         positive=positive_class(class_names, positive),
-        sources=[
-            Source(f, n, int(y), str(s), p, lung_mask=_mask_of(f))
-            for f, n, y, s, p in rows
-        ],
+        sources=by_frame(
+            [
+                Source(f, n, int(y), str(s), p, lung_mask=_mask_of(f))
+                for f, n, y, s, p in rows
+            ],
+            [header.frames for header in headers],
+        ),
         left_out=[
             (printable(file.relative_to(source)), "not an image by its suffix")
             for folder in dict.fromkeys(file.parent for file in files)
@@ -161,7 +176,7 @@ def _class_folders(source: Path) -> list[str]:
     deeper = [
         name
         for name in folders
-        if any(inner.is_dir() for inner in (source / name).iterdir())
+        if any(f.is_dir() and not is_series(f) for f in (source / name).iterdir())
         and not any(is_image(file) for file in (source / name).iterdir())
         and not (source / name / "images").is_dir()
     ]

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from cxai_jax.data import dicom, reading, splits
-from cxai_jax.data.plan import Plan, Source, is_image
+from cxai_jax.data.plan import Plan, Source, by_frame, is_image
 from cxai_jax.data.positive import positive_class
 from cxai_jax.data.records import SPLITS
 
@@ -47,8 +47,9 @@ def plan_labels(
     site_names = sorted({row["site"] for row in rows}) if "site" in rows[0] else [name]
     labels = np.array([class_names.index(row["label"]) for row in rows])
     patients = [row.get("patient", "") for row in rows]
+    headers = dicom.headers([source / row["file"] for row in rows], keep_ids)
     if "patient" not in rows[0]:
-        patients = dicom.patients([source / row["file"] for row in rows], keep_ids)
+        patients = [header.patient for header in headers]
     if split == "test":
         scheme, chosen = "all for testing", ["test"] * len(rows)
     elif "split" in rows[0]:
@@ -63,19 +64,22 @@ def plan_labels(
         class_names=tuple(class_names),
         site_names=tuple(site_names),
         positive=positive_class(class_names, positive),
-        sources=[
-            Source(
-                source / row["file"],
-                row["file"],
-                int(label),
-                str(part),
-                patient,
-                site_names.index(row.get("site", name)),
-            )
-            for row, label, part, patient in zip(
-                rows, labels, chosen, patients, strict=True
-            )
-        ],
+        sources=by_frame(
+            [
+                Source(
+                    source / row["file"],
+                    row["file"],
+                    int(label),
+                    str(part),
+                    patient,
+                    site_names.index(row.get("site", name)),
+                )
+                for row, label, part, patient in zip(
+                    rows, labels, chosen, patients, strict=True
+                )
+            ],
+            [header.frames for header in headers],
+        ),
         left_out=[
             (reading.printable(file.relative_to(source)), f"not in {TABLE}")
             for file in sorted(source.rglob("*"))

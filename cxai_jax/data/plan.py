@@ -1,5 +1,6 @@
 """What preparation is asked to store, and how folders of images are listed."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ class Source:
     patient: str = ""
     site: int = 0
     lung_mask: Path | None = None  # Image of the same aspect, not 0 inside.
+    frame: int | None = None  # Of a DICOM file of several, from 0.
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,32 @@ class Plan:
 VERSION = "1.0.0"  # Of the layout of prepared data.
 
 
-def class_files(source: Path, folder: str) -> list[Path]:
+def by_frame(sources: Sequence[Source], frames: Sequence[int]) -> list[Source]:
+    """A source for each frame, named like `a.dcm#3` where a file holds several."""
+    return [
+        one
+        if count == 1
+        else dataclasses.replace(one, name=f"{one.name}#{frame + 1}", frame=frame)
+        for one, count in zip(sources, frames, strict=True)
+        for frame in range(count)
+    ]
+
+
+def is_series(folder: Path) -> bool:
+    """Whether a folder holds DICOM files, and neither other images nor folders."""
+    files = list(folder.iterdir())
+    images = [file for file in files if is_image(file)]
+    whole = not any(file.is_dir() for file in files)
+    return whole and bool(images) and all(map(dicom.is_dicom, images))
+
+
+def class_files(source: Path, folder: str, series: bool = False) -> list[Path]:
     """The image files (by suffix, sorted) directly inside `source/folder`.
+
+    Args:
+      source: the folder of the class folders.
+      folder: of one class.
+      series: True takes the files of a folder of DICOM slices inside it as well.
 
     Raises:
       FileNotFoundError: if the folder is missing.
@@ -64,12 +90,14 @@ def class_files(source: Path, folder: str) -> list[Path]:
             f"{directory}: no such folder; --source must be the folder that holds it"
         )
     files = sorted(directory.iterdir())
-    inner = [f.name for f in files if f.is_dir()]
+    inside = [f for f in files if series and f.is_dir() and is_series(f)]
+    inner = [f.name for f in files if f.is_dir() and f not in inside]
     if inner:
         raise ValueError(
             f"{directory} holds the folder {inner[0]!r}; images must lie directly in "
             "it: point --source one level deeper or move them up"
         )
+    files += [file for one in inside for file in sorted(one.iterdir())]
     images = [f for f in files if is_image(f)]
     if not images:
         raise ValueError(

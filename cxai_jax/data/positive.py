@@ -21,7 +21,9 @@ def is_negative(name: str) -> bool:
     return any(word in ABSENT or RUN_TOGETHER.fullmatch(word) for word in words)
 
 
-def positive_class(class_names: Sequence[str], wanted: str = "") -> int:
+def positive_class(
+    class_names: Sequence[str], wanted: str = "", option: str = "--positive"
+) -> int:
     """Index of the positive class.
 
     Args:
@@ -29,6 +31,7 @@ def positive_class(class_names: Sequence[str], wanted: str = "") -> int:
       wanted: one of them, by whatever case; "" takes the only one that is not called
         normal, healthy, negative, no finding, control or "non...", or of several the
         only one called covid or positive.
+      option: how `wanted` is given, for the messages.
 
     Raises:
       ValueError: if `wanted` is no class, or the names do not make it clear.
@@ -42,7 +45,7 @@ def positive_class(class_names: Sequence[str], wanted: str = "") -> int:
             if name.casefold() == wanted.casefold()
         ]
         if len(same) != 1:
-            raise ValueError(f"--positive={wanted} is none of the classes {listed}")
+            raise ValueError(f"{option}={wanted} is none of the classes {listed}")
         return same[0]
     candidates = [i for i, name in enumerate(class_names) if not is_negative(name)]
     if len(candidates) > 1:
@@ -50,6 +53,6 @@ def positive_class(class_names: Sequence[str], wanted: str = "") -> int:
     if len(candidates) != 1:
         raise ValueError(
             f"which of the classes {listed} is the positive one, whose sensitivity is "
-            "reported, is not clear; name it with --positive=CLASS"
+            f"reported, is not clear; name it with {option}=CLASS"
         )
     return candidates[0]

@@ -161,6 +161,7 @@ def describe(summary: dict) -> str:
         lines += [f"  {file}: {reason}" for file, reason in skipped[:SHOWN]]
         if len(skipped) > SHOWN:
             lines.append(f"  and {len(skipped) - SHOWN} more, see summary.json")
+    lines += [f"DICOM: {n} images {what}" for what, n in summary["oddities"].items()]
     lines += [
         f"similar: {found['similar'] / sum(counts[late].values()):.1%} of the {late} "
         f"images correlate above {SIMILAR} with an image of {early}"

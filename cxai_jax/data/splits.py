@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+SERIES = "series "  # Begins the name of a patient of whom a DICOM series is known only.
 FRACTIONS = {"train": 0.65, "val": 0.10, "test": 0.25}
 
 
@@ -102,7 +103,10 @@ def drawn(patients: list[str], labels: np.ndarray) -> tuple[str, np.ndarray]:
       labels: int [N].
     """
     if any(patients):
-        return "patient-disjoint", patient_disjoint(patients, labels)
+        scheme = "patient-disjoint"
+        if any(patient.startswith(SERIES) for patient in patients):
+            scheme += ", a DICOM series without PatientID taken for a patient"
+        return scheme, patient_disjoint(patients, labels)
     return "random (image-level)", random_stratified(labels)
 
 

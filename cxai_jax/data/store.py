@@ -11,9 +11,11 @@ import contextlib
 import csv
 import functools
 import io
+import itertools
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +65,13 @@ def build(
     encode = functools.partial(
         _encode, channels=channels, side=side, with_mask=with_masks
     )
+    oddities = Counter()
     rows = []  # (source, file digest, pixel digest, thumbnail) of every stored image.
 
     def examples(split):
         sources = [s for s in plan.sources if s.split == split]
         before = len(rows)
-        for source, result in reading.read_ahead(sources, encode):
+        for source, result in _each(sources, encode):
             seen[0] += 1
             show(seen[0])
             if isinstance(result, ValueError):
@@ -78,9 +81,10 @@ def build(
                     raise ValueError(f"{result}; or pass --skip_bad")
                 skipped.append([source.name, result])
                 continue
-            example, animated, *digests = result
+            example, animated, odd, *digests = result
             if animated:
                 skipped.append([source.name, "all frames but the first"])
+            oddities.update(odd)
             rows.append((source, *digests))
             yield len(rows), example
         if len(rows) == before:
@@ -107,7 +111,7 @@ def build(
                 data_dir=scratch,
             )
             builder.download_and_prepare()
-        summary = _summary(plan, rows, skipped)
+        summary = _summary(plan, rows, skipped) | {"oddities": dict(oddities)}
         _check_kept(plan, summary["counts"])
         written = Path(builder.data_dir)
         _write_index(written / "index.csv", [row[0] for row in rows])
@@ -230,17 +234,41 @@ def _check_kept(plan: Plan, counts: dict[str, dict[str, int]]) -> None:
             )
 
 
-def _encode(
-    source: Source, *, channels: int, side: int | None, with_mask: bool
+def _each(sources: Sequence[Source], encode: Callable) -> Iterator[tuple]:
+    """(source, what `encode` made of it or a ValueError); a file is opened once."""
+    files = [list(of) for _, of in itertools.groupby(sources, lambda one: one.file)]
+    for group, found in reading.read_ahead(files, encode):
+        failed = isinstance(found, ValueError)
+        yield from zip(group, [found] * len(group) if failed else found, strict=True)
+
+
+def _encode(group: Sequence[Source], *, channels: int, **options) -> list[tuple]:
+    """What is stored of each source; all are of one file, which may hold frames."""
+    to_channels = transforms.to_gray if channels == 1 else transforms.to_colour
+    name = reading.printable(group[0].file)
+    with reading.opened(group[0].file, transforms.memory) as data:
+        if group[0].frame is None:
+            frames = [transforms.single_frame(data, name)]
+        else:
+            frames = transforms.decode_frames(data, name)
+            if len(frames) != len(group):
+                raise ValueError(
+                    f"{name}: {len(frames)} frames where its header says {len(group)}"
+                )
+        about = transforms.is_animated(data), transforms.oddities(data)
+        digest = leakage.digest(data)
+        return [
+            _stored(source, to_channels(frame), (*about, digest), **options)
+            for source, frame in zip(group, frames, strict=True)
+        ]
+
+
+def _stored(
+    source: Source, image: np.ndarray, of_file: tuple, *, side, with_mask: bool
 ) -> tuple:
-    """(example, is animated, file digest, pixel digest, thumbnail) of one image."""
-    decode = transforms.decode_gray if channels == 1 else transforms.decode_colour
-    with reading.opened(source.file, transforms.memory) as data:
-        image = decode(data, reading.printable(source.file))
-        shape = image.shape
-        animated, digest = transforms.is_animated(data), leakage.digest(data)
-        stored = transforms.as_stored(image, side)
-        png = transforms.encode_png(stored)
+    """(example, is animated, oddities, file digest, pixel digest, thumbnail)."""
+    shape, stored = image.shape, transforms.as_stored(image, side)
+    png = transforms.encode_png(stored)
     mask = _encode_mask(source, shape, stored, side) if with_mask else None
     example = {
         "image": io.BytesIO(png),
@@ -253,8 +281,7 @@ def _encode(
         example["lung_mask"] = mask
     return (
         example,
-        animated,
-        digest,
+        *of_file,
         leakage.pixel_digest(stored),
         leakage.thumbnail(stored),
     )

@@ -71,13 +71,12 @@ def is_animated(data: bytes) -> bool:
 
 def decode_gray(data: bytes, name: str) -> np.ndarray:
     """`open_gray` for the bytes of a file; `name` is used in error messages."""
-    return to_gray(_single_frame(data, name))
+    return to_gray(single_frame(data, name))
 
 
 def decode_colour(data: bytes, name: str) -> np.ndarray:
     """As `decode_gray`, uint8 [H, W, 3]; a gray file has three equal channels."""
-    frame = _single_frame(data, name)
-    return frame if frame.ndim == 3 else np.repeat(frame[..., None], 3, axis=-1)
+    return to_colour(single_frame(data, name))
 
 
 def decode_frames(
@@ -115,7 +114,13 @@ def decode_frames(
         raise ValueError(f"{name}: cannot be read as an image ({reason})") from None
 
 
-def _single_frame(data: bytes, name: str) -> np.ndarray:
+def oddities(data: bytes) -> list[str]:
+    """What a reader should know of how a DICOM file was opened; [] of any other."""
+    return dicom.oddities(data) if data[128:132] == b"DICM" else []
+
+
+def single_frame(data: bytes, name: str) -> np.ndarray:
+    """The only frame of a file; a ValueError where it holds several."""
     frames = decode_frames(data, name)
     if len(frames) > 1:
         raise ValueError(
@@ -129,6 +134,11 @@ def to_gray(frame: np.ndarray) -> np.ndarray:
     if frame.ndim == 3:
         frame = np.asarray(Image.fromarray(frame).convert("L"))
     return frame[..., None]
+
+
+def to_colour(frame: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] as it is, [H, W] as three equal channels: uint8 [H, W, 3]."""
+    return frame if frame.ndim == 3 else np.repeat(frame[..., None], 3, axis=-1)
 
 
 def as_stored(image: np.ndarray, side: int | None = STORED_SIDE) -> np.ndarray:

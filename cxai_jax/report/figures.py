@@ -80,7 +80,7 @@ def roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
         axes.set(xlabel="1 - specificity", ylabel="sensitivity")
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
         if len(axes.lines) > 1:
-            axes.legend(loc="lower right")
+            figure.legend(loc="outside upper center")  # Off the lines.
     return figure
 
 

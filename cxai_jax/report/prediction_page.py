@@ -4,10 +4,11 @@ import os.path
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from cxai_jax.data.novelty import SEEN
 from cxai_jax.report import page, scores
 
 OPEN_ERRORS = 10  # More are folded away, so that they do not hide the images.
-FOREIGN = 0.2  # Share of flagged images from which the whole batch is doubted.
+FOREIGN = 0.2  # Share of doubtful images from which the whole batch is doubted.
 
 
 def prediction_report(
@@ -108,7 +109,8 @@ def _card(results: dict) -> str:
         for name in ("cxai-jax", "jax", "flax")
         if name in versions
     )
-    clean = facts["Leakage check"] == "clean"
+    warnings = scores.warnings_of(results)
+    clean = facts["Leakage check"] == "clean" and not warnings  # Green reads as good.
     entries = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(str(text))}</dd></div>"
         for name, text in facts.items()
@@ -116,23 +118,28 @@ def _card(results: dict) -> str:
     return page.section(
         "The model",
         f'<dl class="card {"fine" if clean else "warn"}">{entries}</dl>',
-        *(
-            f'<p class="verdict warn">{escape(text)}</p>'
-            for text in scores.warnings_of(results)
-        ),
+        *(f'<p class="verdict warn">{escape(text)}</p>' for text in warnings),
     )
 
 
 def _doubts(rows: Sequence[page.Row]) -> str:
-    """A banner where so many images are flagged that the batch is the wrong one."""
-    flagged = sum(bool(row.flags) for row in rows)
-    if not rows or flagged <= FOREIGN * len(rows):
-        return ""
-    return (
-        '<p class="verdict alarm" role="alert"><b>These may be the wrong images for '
-        f"this model:</b> {flagged} of {len(rows)} are flagged. Of images unlike those "
-        "it was trained on, its answers mean nothing, however certain they look.</p>"
-    )
+    """Banners: so many doubtful images that the batch is the wrong one; known ones."""
+    known = sum(SEEN in row.flags for row in rows)
+    doubtful = sum(any(flag != SEEN for flag in row.flags) for row in rows)
+    told = ""
+    if doubtful > FOREIGN * len(rows):
+        told += (
+            '<p class="verdict alarm" role="alert"><b>These may be the wrong images '
+            f"for this model:</b> {doubtful} of {len(rows)} are flagged as unlike its "
+            "own. Of such images its answers mean nothing, however certain they look."
+            "</p>"
+        )
+    if known:
+        told += (
+            f'<p class="verdict warn"><b>{known} of {len(rows)} were {SEEN}:</b> there '
+            "the answers show what the network remembers, not what it can do.</p>"
+        )
+    return told
 
 
 def _overview(rows, errors, class_names, about: dict, counts) -> str:

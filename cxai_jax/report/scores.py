@@ -88,6 +88,21 @@ def class_rows(scored: dict, names: Sequence[str]) -> list[tuple[str, ...]]:
     return rows
 
 
+def never_predicted(results: dict) -> list[str]:
+    """The classes that no scored image was given to, before voting."""
+    names, scored = results["data"]["class_names"], results["metrics"]
+    if "per_class" in scored:
+        rates = [
+            (scored["all"][f"recall_{c}"], scored["per_class"][name]["specificity"])
+            for c, name in enumerate(names)
+        ]
+        return [n for n, found in zip(names, rates, strict=True) if found == (0, 1)]
+    positive = results["data"]["positive"]
+    found = scored["all"]["recall"], scored["all"]["specificity"]
+    others = [name for name in names if name != positive]
+    return [positive] * (found == (0, 1)) + others * (found == (1, 0))
+
+
 def warnings_of(results: dict) -> list[str]:
     """What a reader of these numbers must know first; [] if nothing."""
     told, fitted = [], results["calibration"]
@@ -96,7 +111,19 @@ def warnings_of(results: dict) -> list[str]:
             f"Only {fitted['held_out']} validation images: temperature, thresholds and "
             f"prediction sets fitted on fewer than {FEW} are rough guesses."
         )
-    number = results["metrics"]["all"]["number"]
+    every, classes = results["metrics"]["all"], results["data"]["class_names"]
+    low, _ = every["intervals"].get("balanced_accuracy") or (None, None)
+    if defined(low) and low <= 1 / len(classes):
+        told.append(
+            f"Balanced accuracy {with_interval(every, 'balanced_accuracy')}: chance, "
+            f"{100 / len(classes):.1f}, is within the interval, so the scores do not "
+            "show that the network has learnt anything."
+        )
+    told += [
+        f"No test image was labelled {name}: its precision is 0/0, given as 0."
+        for name in never_predicted(results)
+    ]
+    number = every["number"]
     if number < FEW:
         told.append(f"Only {number} test images: read the intervals, not the scores.")
     for row in fitted.get("conformal", []):

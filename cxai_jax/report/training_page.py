@@ -68,7 +68,9 @@ def run_parts(
             drawn.scale, "Class activation map (CAM)", page.evidence(drawn.scale)
         )
     )
-    parts += _galleries(drawn, probs[:, 0], labels, before, after, names)
+    # Certainty as the network gives it: calibration keeps the order, not the number.
+    raw = ", with probabilities before calibration" if results["calibration"] else ""
+    parts += _galleries(drawn, probs[:, 0], labels, before, after, names, raw)
     if k:
         parts.append(
             _voting_section(predictions, before, after, opposing, theta, names)
@@ -229,7 +231,7 @@ def _charts(results, predictions, after, log) -> str:
     return f'<div class="charts">{drawn}</div>'
 
 
-def _galleries(drawn: Drawn, probs, labels, before, after, names) -> list[str]:
+def _galleries(drawn: Drawn, probs, labels, before, after, names, raw) -> list[str]:
     """Certain and right of each class, wrong by certainty, flipped by voting."""
     by_certainty = np.argsort(-probs.max(1), kind="stable")
     right = (before == labels)[by_certainty]
@@ -244,7 +246,7 @@ def _galleries(drawn: Drawn, probs, labels, before, after, names) -> list[str]:
     return [
         page.section(
             kind,
-            f"<p>{min(len(rows), EXAMPLES)} of {len(rows)} images.</p>",
+            f"<p>{min(len(rows), EXAMPLES)} of {len(rows)} images{raw}.</p>",
             '<div class="gallery">',
             *map(drawn.figure, rows[:EXAMPLES]),
             "</div>",

@@ -144,12 +144,13 @@ RULES: dict[str, Rule] = {
     "model.stage4_input": one_of(STAGE4_INPUTS),
     "data.name": Rule(
         _is_data_set,
-        f"known: {', '.join(data.DATASETS)}, folder:NAME, tfds:mnist",
+        f"known: {', '.join(data.DATASETS)}, folder:NAME, tfds:NAME",
     ),
     "data.data_dir": TEXT,
     "data.split": TEXT,
     "data.fold": TEXT,  # data.folds.refold tells its form.
     "data.split_seed": whole(0),
+    "data.positive": TEXT,
     "data.fit": SPLIT_NAMES,
     "data.target": NO_OR_SPLIT_NAMES,
     "data.other": NO_OR_SPLIT_NAMES,

@@ -132,7 +132,7 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
         "save": round(config.checkpoint_every_epochs * steps_per_epoch),
     }
     pending, waiting, begun = [], 0.0, time.monotonic()
-    saved_at, told_at, told_step = begun, begun, step
+    saved_at, told = begun, (step, begun)
     blocked = 0.0  # Seconds in which the host waited for the devices instead.
     training = progress.stage("training", total_steps, "steps", done=step)
     with signals.StopSignal() as stop, training as show:
@@ -158,14 +158,9 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
                 jax.block_until_ready(pending)
                 blocked += time.monotonic() - asked_at
                 finite.check(plan, pending, step)
-                means = finite.means(jax.device_get(pending))
-                pace = (step - told_step) / (time.monotonic() - told_at)
-                told_at, told_step = time.monotonic(), step
-                means["images_per_s"] = pace * config.batch_size
-                show(step, told(plan, step, means, pace), now=True)
-            if due["log"]:
-                writer.scalars(step, means)
-                pending = []
+                here, keeps = (step, time.monotonic()), writer if due["log"] else None
+                log(run, plan, keeps, show, pending, told, here)
+                told, pending = here, [] if due["log"] else pending
             if due["score"] and (periods["score"] or config.selection == "best_val"):
                 score_curve(run, plan.method, writer, state, step)
                 if not last and selection.stopped(run.config, run.curve):
@@ -194,15 +189,27 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
     return state, step
 
 
-def told(plan: Plan, step: int, means: dict, pace: float) -> str:
-    """A line of progress: means since the last log step, at `pace` steps/s."""
+def log(run: Run, plan: Plan, writer, show, pending, told, here) -> None:
+    """Reads the pending metrics off the device, shows and, with a writer, keeps them.
+
+    Args:
+      told: step and time of the last line.
+      here: of this one.
+    """
+    (told_step, told_at), (step, now) = told, here
+    means = finite.means(jax.device_get(pending))
+    pace = (step - told_step) / max(now - told_at, 1e-9)
+    rate = pace * run.config.train.batch_size
     terms = " ".join(f"{name} {value:.4g}" for name, value in means.items())
-    terms = terms.replace("images_per_s", "images/s")
     left = progress.clock((plan.total_steps - step) / pace)
-    return (
+    show(
+        step,
         f"step {step}/{plan.total_steps} epoch {step / plan.steps_per_epoch:.1f} "
-        f"{terms} ETA {left}"
+        f"{terms} {rate:.1f} images/s ETA {left}",
+        now=True,
     )
+    if writer:
+        writer.scalars(step, {**means, "images_per_s": rate})
 
 
 def overdue(minutes: float, saved_at: float, together: bool) -> bool:

@@ -53,6 +53,11 @@ def _together(config) -> Iterator[str]:
             f"{resize}: a crop is not larger than what it is cut from; raise resize or "
             "set config.augment.crop=none"
         )
+    if config.data.positive and not config.data.name.startswith("tfds:"):
+        yield (
+            f"config.data.positive={config.data.positive!r} is for tfds:NAME; the "
+            f"positive class of {config.data.name} was chosen when it was prepared"
+        )
     if config.contrastive.weight > 0 and not config.model.projection:
         yield (
             f"config.contrastive.weight is {config.contrastive.weight}, but "

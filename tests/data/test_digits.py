@@ -1,7 +1,5 @@
-"""Digits from npz files and TFDS, MNIST-M over photographs."""
+"""Digits from npz files, MNIST-M over photographs."""
 
-import io
-import struct
 import sys
 
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cxai_jax.data import digits, store, tfds_digits, transforms
+from cxai_jax.data import digits
 
 SIDES = {"mnist": (28, 1), "usps": (16, 1), "mnist_m": (32, 3)}
 
@@ -186,83 +184,3 @@ def test_recipe_on_the_published_images(shared):
         ground = np.median(images[row][~ink[row]], axis=0)
         error = np.abs(images[row][ink[row]].astype(float) - (255 - ground)).mean()
         assert error < 4, row
-
-
-def prepared(folder):
-    """MNIST of noise, written as TFDS writes array_record; returns its images."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (7, 28, 28, 1), np.uint8)
-
-    def examples(rows):
-        for row in rows:
-            yield (
-                row,
-                {
-                    "image": io.BytesIO(transforms.encode_png(images[row])),
-                    "label": row,
-                    "site": 0,
-                    "patient": "",
-                    "name": str(row),
-                },
-            )
-
-    import tensorflow_datasets as tfds
-
-    from cxai_jax.data.builder import ImageRecords
-
-    tfds.disable_progress_bar()
-    builder = ImageRecords(
-        examples={"train": examples(range(4)), "test": examples(range(4, 7))},
-        class_names=digits.CLASS_NAMES,
-        channels=1,
-        lung_masks=False,
-        data_dir=folder,
-    )
-    builder.download_and_prepare()
-    (folder / "image_records").rename(folder / "mnist")
-    return images
-
-
-def as_tfrecord(folder):
-    """Rewrites prepared array_record files in TFDS's older format."""
-    for file in folder.glob("*.array_record*"):
-        reader = store.tfds.core.utils.lazy_imports_utils.array_record_module
-        records = reader.ArrayRecordReader(str(file)).read_all()
-        name = file.name.replace("array_record", "tfrecord")
-        (folder / name).write_bytes(b"".join(map(framed, records)))
-        file.unlink()
-    info = folder / "dataset_info.json"
-    info.write_text(info.read_text().replace("array_record", "tfrecord"))
-
-
-def framed(record):
-    return struct.pack("<QI", len(record), 0) + record + bytes(4)
-
-
-@pytest.mark.parametrize("older", [False, True])
-def test_tfds_on_disk(tmp_path, older):
-    images = prepared(tmp_path)
-    if older:
-        as_tfrecord(tmp_path / "mnist" / "1.0.0")
-    dataset = tfds_digits.load(config(tmp_path, "tfds:mnist"))
-    np.testing.assert_array_equal(dataset.splits["train"].images[..., :1], images[:4])
-    np.testing.assert_array_equal(dataset.splits["test"].labels, [4, 5, 6])
-    assert "tensorflow" not in sys.modules
-
-
-def test_tfrecord_files_are_read_without_tensorflow(tmp_path):
-    file = tmp_path / "x.tfrecord"
-    bodies = [b"one", b"", b"three"]
-    file.write_bytes(b"".join(map(framed, bodies)))
-    assert list(tfds_digits.tfrecords(file)) == bodies
-    file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(ValueError, match="ends inside a record; prepare it again"):
-        list(tfds_digits.tfrecords(file))
-
-
-def test_tfds_is_read_only_where_it_is_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(tfds_digits.Path, "home", lambda: tmp_path / "home")
-    with pytest.raises(FileNotFoundError, match="is not downloaded here; prepare it"):
-        tfds_digits.load(config(tmp_path, "tfds:mnist"))
-    with pytest.raises(ValueError, match="of TFDS only tfds:mnist is read"):
-        tfds_digits.load(config(tmp_path, "tfds:cifar10"))

@@ -182,7 +182,7 @@ def dicom(values, **tags):
     dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
     dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
     dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3"
-    dataset.Rows, dataset.Columns = values.shape
+    dataset.Rows, dataset.Columns = values.shape[-2:]
     dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
     dataset.BitsAllocated = dataset.BitsStored = 16
     dataset.HighBit, dataset.PhotometricInterpretation = 15, "MONOCHROME2"

@@ -182,7 +182,7 @@ def test_sites_are_scored_after_voting_and_labels_have_no_ranking(finished, run_
     assert len(re.findall(r"\d \(", cells[0])) == len(scores.HARD)
 
 
-def prediction_page(rows=3, errors=()):
+def prediction_page(rows=3, errors=(), flag="wider than every training image"):
     made = [
         Row(
             name=f"in/{i}-{NASTY}",
@@ -191,7 +191,7 @@ def prediction_page(rows=3, errors=()):
             after="sick" if i == 1 else "healthy",
             opposing=i % 4,
             cast=4,
-            flags=("seen in training",) if i == 2 else (),
+            flags=(flag,) if i == 2 else (),
             patient=f"p{i}",
             plain=DOT,
             mapped=DOT,
@@ -453,12 +453,48 @@ def test_a_page_of_five_thousand_rows_sorts_and_filters(opened):
 def test_a_batch_of_the_wrong_images_says_so_before_anything_else(opened):
     text = prediction_page(rows=3)  # One of three is flagged.
     assert text.index("These may be the wrong images") < text.index(">Overview<")
-    assert holds(text, "1 of 3 are flagged")
+    assert holds(text, "1 of 3 are flagged as unlike its own")
     tab = opened(text)
     looks = "row => getComputedStyle(row).backgroundColor"
     rows = tab.locator("#images tbody tr")
     assert rows.nth(2).evaluate(looks) != rows.nth(0).evaluate(looks)
     assert not holds(prediction_page(rows=40), "wrong images")  # One of forty.
+
+
+def test_images_that_were_trained_on_are_not_called_foreign():
+    text = prediction_page(rows=3, flag="seen in training")
+    assert holds(text, "<b>1 of 3 were seen in training:</b> there the answers show")
+    assert not holds(text, "wrong images")
+    assert not holds(prediction_page(rows=3), "were seen in training")
+
+
+PRINTED = 1000  # Pixels of a landscape A4 page between its margins.
+
+
+def test_print_breaks_no_word_and_leaves_no_tile_or_chart_alone(opened, run_page):
+    tab = opened(prediction_page(rows=3), PRINTED)
+    tab.emulate_media(media="print")
+    heads = tab.locator("#images thead th").all()
+    for head in heads:
+        assert head.evaluate("one => one.scrollWidth - one.clientWidth") <= 1
+    tops = "() => [...document.querySelectorAll('.tiles > *')].map(t => t.offsetTop)"
+    assert len(set(tab.evaluate(tops))) == 1
+    tab = opened(run_page, PRINTED)
+    tab.emulate_media(media="print")
+    place = "all => all.map(one => one.offsetTop)"
+    for number in range(4, 8):
+        tab.evaluate(
+            """number => {
+                const all = document.querySelector('.charts:not(.wide)');
+                while (all.children.length < number)
+                    all.append(all.children[0].cloneNode(true));
+                while (all.children.length > number) all.lastChild.remove();
+            }""",
+            number,
+        )
+        chosen = tab.locator(".charts:not(.wide)").first.locator("> *")
+        rows = chosen.evaluate_all(place)
+        assert len(rows) == number and rows.count(max(rows)) > 1, rows
 
 
 def test_the_card_comes_first_and_names_what_the_model_is(finished):
@@ -572,3 +608,33 @@ def test_few_images_and_unattainable_points_are_said_not_computed(finished):
     for bad in ("inf", "nan", "None"):
         assert not re.search(rf">{bad}\b", text), bad
     assert "Only 12 validation images" in terminal.summary(made)
+
+
+@pytest.mark.parametrize(
+    ("recall", "specificity", "never"),
+    [(0, 1, ["sick"]), (1, 0, ["healthy"]), (0.5, 1, []), (0, None, [])],
+)
+def test_a_class_that_nothing_is_given_to_is_named(recall, specificity, never):
+    scored = {"all": {"recall": recall, "specificity": specificity}}
+    data = {"class_names": ["healthy", "sick"], "positive": "sick"}
+    made = {"data": data, "metrics": scored}
+    assert scores.never_predicted(made) == never
+    made["data"] = data | {"class_names": ["a", "b", "c"]}
+    scored["all"] |= {"recall_0": 0.0, "recall_1": 0.0, "recall_2": 1.0}
+    specific = {"a": 1.0, "b": 0.9, "c": 0.1}
+    scored["per_class"] = {n: {"specificity": s} for n, s in specific.items()}
+    assert scores.never_predicted(made) == ["a"]
+
+
+def test_a_score_that_chance_would_reach_says_so(finished):
+    results = json.loads(json.dumps(finished[0]))
+    every = results["metrics"]["all"]
+    every |= {"balanced_accuracy": 0.58}
+    every["intervals"]["balanced_accuracy"] = [0.476, 0.68]
+    told = [text for text in scores.warnings_of(results) if "chance" in text]
+    assert told == [
+        "Balanced accuracy 58.0 (47.6-68.0): chance, 50.0, is within the interval, so "
+        "the scores do not show that the network has learnt anything."
+    ]
+    every["intervals"]["balanced_accuracy"] = [0.501, 0.68]
+    assert not any("chance" in text for text in scores.warnings_of(results))

@@ -183,12 +183,7 @@ def test_resume_is_exact_to_the_bit(finished, tmp_path):
         int(p.name) for p in (workdir / "checkpoints/latest").iterdir() if p.is_dir()
     )[0]
     assert middle < whole["steps"]
-    # What a kill -9 after the first checkpoint leaves: config, log, that checkpoint.
-    (tmp_path / "checkpoints/latest").mkdir(parents=True)
-    source = workdir / f"checkpoints/latest/{middle}"
-    shutil.copytree(source, tmp_path / f"checkpoints/latest/{middle}")
-    for name in ("config.json", "metrics.jsonl"):
-        shutil.copy(workdir / name, tmp_path / name)
+    killed_after(workdir, middle, tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')  # The line it was writing.
     again = loop.train(config_of(), tmp_path)
@@ -199,6 +194,52 @@ def test_resume_is_exact_to_the_bit(finished, tmp_path):
         for d in (workdir, tmp_path)
     )
     np.testing.assert_array_equal(first["logits"], second["logits"])
+
+
+def killed_after(workdir, step, copy):
+    """What a kill -9 leaves that came right after the save of `step`."""
+    (copy / "checkpoints/latest").mkdir(parents=True)
+    saved = f"checkpoints/latest/{step}"
+    shutil.copytree(workdir / saved, copy / saved)
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(workdir / name, copy / name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "last"),
+    [
+        # Eight validation images can be right more often than before nine times at
+        # most: within 12 epochs some evaluation is no gain.
+        (
+            {
+                "train.patience": 1,
+                "train.epochs": 12.0,
+                "train.eval_every_epochs": 1.0,
+            },
+            "stopped_early",
+        ),
+        ({"train.ema": 0.9}, "rule"),
+    ],
+)
+def test_resume_is_exact_with_patience_and_with_averaged_weights(
+    tmp_path, changes, last
+):
+    few = {"train.keep_checkpoints": 20, "tta.k": 0, "mix.name": "none"}
+    few |= {"cpe.weight": 0.0, "eval.bootstrap": 5, **changes}
+    whole = loop.train(config_of(**few), tmp_path / "whole")
+    assert last in whole["selected"]
+    steps = [int(p.name) for p in (tmp_path / "whole/checkpoints/latest").iterdir()]
+    assert len(steps) > 1 and max(steps) == whole["steps"]
+    killed_after(tmp_path / "whole", min(steps), tmp_path / "again")
+    again = loop.train(config_of(**few), tmp_path / "again")
+    for field in ("steps", "metrics", "curve", "selected"):
+        assert again[field] == whole[field], field
+    assert rows_of(tmp_path / "again") == rows_of(tmp_path / "whole")
+    first, second = (
+        evaluate.load_predictions(tmp_path / name / "predictions_test.npz")["logits"]
+        for name in ("whole", "again")
+    )
+    np.testing.assert_array_equal(first, second)
 
 
 def test_host_and_device_residency_give_the_same_run(finished, tmp_path):
