@@ -57,17 +57,25 @@ PODS = (
 
 
 def collectives(hlo: str) -> dict[str, dict]:
-    """Operation -> how many there are and the bytes of what they return."""
-    counts, sizes = Counter(), Counter()
+    """Operation -> how many there are, their bytes in all, and the largest array."""
+    found, numbers = {}, Counter()
     for line in hlo.splitlines():
         match = re.search(rf" = (.*?) ({KINDS})(-start)?\(", line)
         if not match:
             continue
-        counts[match[2]] += 1
-        for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
+        for array, kind, shape in re.findall(r"((\w+)\[([\d,]*)\])", match[1]):
             sides = [int(side) for side in shape.split(",") if side]
-            sizes[match[2]] += BYTES[kind] * int(np.prod(sides, initial=1))
-    return {kind: {"number": counts[kind], "bytes": sizes[kind]} for kind in counts}
+            size = BYTES[kind] * int(np.prod(sides, initial=1))
+            found.setdefault(match[2], []).append((size, array))
+        numbers[match[2]] += 1
+    return {
+        name: {
+            "number": numbers[name],
+            "bytes": sum(size for size, _ in arrays),
+            "largest": max(arrays)[1],
+        }
+        for name, arrays in found.items()
+    }
 
 
 def compile_for(devices: int) -> dict:

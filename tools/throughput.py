@@ -1,10 +1,10 @@
 """python -m tools.throughput --workdir=RUN --images=DIR [--dicom=200] [--json=FILE]
 
-Images per second of `cxai-predict`, stage by stage and as a whole. The stages run alone,
-one image or batch after the other in one thread: opening files (PNG files of DIR, and
-copies of pydicom's CT_small), the network, all votes, rows with and without their
-overlay, the page. The whole command runs with every --overlays, --votes=0. CPU seconds
-stand beside the clock: others on the machine change them less.
+Images per second of `cxai-predict`, stage by stage and as a whole. The stages run
+alone, one image or batch after the other: opening files (PNG files of DIR, and copies
+of pydicom's CT_small), the network, all votes, rows with and without their overlay, the
+page. The whole command runs with every --overlays and --votes=0. CPU seconds stand
+beside the clock: others on the machine change them less.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,10 @@ from tools.startup import phases
 BEGINS = {"loading the model": "start", "predicting": "model"}
 
 
-def timed(images: int, work: Callable[[], object]) -> tuple[object, dict]:
-    """What `work` returns, and its images per second by the clock and by CPU time."""
+def timed(images: int, work: Callable, *given) -> tuple[object, dict]:
+    """What `work(*given)` returns, and what it took for each of so many images."""
     before, begun = Load(), time.perf_counter()
-    result = work()
+    result = work(*given)
     seconds, after = time.perf_counter() - begun, Load()
     return result, {
         "images": images,
@@ -46,8 +46,8 @@ def timed(images: int, work: Callable[[], object]) -> tuple[object, dict]:
     }
 
 
-def prepare(path: Path, known: dict, config) -> list[Prepared]:
-    """As predicting.py does."""
+def prepare(paths: Sequence[Path], known: dict, config) -> list[Prepared]:
+    """The slices of files, as predicting.py has them."""
     fit = pipeline.fit_for_scoring(config)
     return [
         Prepared(
@@ -57,53 +57,54 @@ def prepare(path: Path, known: dict, config) -> list[Prepared]:
             fit(transforms.as_stored(one.gray)),
             pictures.shrink(one.gray[..., 0], OVERLAY_HEIGHT),
         )
+        for path in paths
         for one in inputs.open_slices(path)
+    ]
+
+
+def predict(voter: predictor.Predictor, batches) -> list[predictor.Predicted]:
+    return [voter(np.stack([one.input for one in batch])) for batch in batches]
+
+
+def make_rows(batches, outcomes, draw: Callable, answer: Answer, out: Path) -> list:
+    """The rows of predicted batches; overlays as the answer says."""
+    return [
+        row(one, outcome, i, class_map, answer, out, {})
+        for batch, outcome in zip(batches, outcomes, strict=True)
+        for i, (one, class_map) in enumerate(
+            zip(batch, draw(None, outcome, {}), strict=True)
+        )
     ]
 
 
 def stages(workdir: Path, files: list[Path], dicom: list[Path], out: Path) -> dict:
     """Each stage by itself."""
-    model, found = predictor.load(workdir), {}
-    known = novelty.load(workdir)
-    for name, paths in (("open PNG", files), ("open DICOM", dicom)):
+    model, known, found = predictor.load(workdir), novelty.load(workdir), {}
+    slices = []
+    for name, paths in (("open DICOM", dicom), ("open PNG", files)):
+        prepare(paths[:1], known, model.config)  # Imports pydicom.
         if paths:
-            prepare(paths[0], known, model.config)
-            opened, found[name] = timed(
-                len(paths), lambda: [prepare(p, known, model.config)[0] for p in paths]
-            )
-            if paths is files:
-                slices = opened
+            given = paths, known, model.config
+            slices, found[name] = timed(len(paths), prepare, *given)
     size = model.config.eval.batch_size
     batches = [slices[i : i + size] for i in range(0, len(slices), size)]
-
-    def predict(voter, batches):
-        return [voter(np.stack([one.input for one in batch])) for batch in batches]
-
     for name, k, some in (("voting", 31, batches[:1]), ("network", 0, batches)):
-        model.config.tta.k = k
+        model.config.tta.k = min(k, model.config.tta.k)
         voter = predictor.Predictor(model, make_mesh())
         predict(voter, some[:1])  # Compiles.
-        outcomes, found[name] = timed(sum(map(len, some)), lambda: predict(voter, some))
+        outcomes, found[name] = timed(sum(map(len, some)), predict, voter, some)
     draw = make_maps(model, choices.CAM, size)
     rule, features = make_rule(model.results, ""), novelty.load_features(workdir)
     (out / "overlays").mkdir(parents=True)
-    for overlays in ("none", "all"):
+    for name, overlays in (("row", "none"), ("row and overlay", "all")):
         answer = Answer(model, choices.CAM, rule, features, overlays)
-
-        def make_rows():
-            return [
-                row(one, outcome, i, maps[i], answer, out, {})
-                for batch, outcome in zip(batches, outcomes, strict=True)
-                for maps in [draw(None, outcome, {})]
-                for i, one in enumerate(batch)
-            ]
-
-        name = {"none": "row", "all": "row and overlay"}[overlays]
-        rows, found[name] = timed(len(slices), make_rows)
+        given = batches, outcomes, draw, answer, out
+        rows, found[name] = timed(len(slices), make_rows, *given)
     counts = {"found": len(rows), "predicted": len(rows)}
     counts |= dict.fromkeys(("failed", "ignored", "left", "unmatched"), 0)
-    work = lambda: finish(out, rows, [], answer, {"decision": rule.text}, counts)  # noqa: E731
-    found["page"] = timed(len(rows), work)[1]
+    about = {"decision": rule.text, "tta": model.config.tta.to_dict()}
+    given = out, rows, [], answer, about, counts
+    found["page"] = timed(len(rows), finish, *given)[1]
     return found
 
 

@@ -131,7 +131,9 @@ def single_frame(data: bytes, name: str) -> np.ndarray:
 
 def to_gray(frame: np.ndarray) -> np.ndarray:
     """Luma (ITU-R 601) of uint8 [H, W, 3], or [H, W] as it is: uint8 [H, W, 1]."""
-    return np.asarray(Image.fromarray(frame).convert("L"))[..., None]
+    if frame.ndim == 3:
+        frame = np.asarray(Image.fromarray(frame).convert("L"))
+    return frame[..., None]
 
 
 def to_colour(frame: np.ndarray) -> np.ndarray:

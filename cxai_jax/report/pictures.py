@@ -256,7 +256,7 @@ def shrink(image: np.ndarray, height: int) -> np.ndarray:
 
 
 def encode(image: np.ndarray | Image.Image, kind: str, *, quality: int = 80) -> bytes:
-    """The "PNG" or "JPEG" file of a uint8 image [H, W] or [H, W, 3], or of a picture."""
+    """The "PNG" or "JPEG" file of a picture, or of uint8 [H, W] or [H, W, 3]."""
     buffer = io.BytesIO()
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)

@@ -5,14 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from untrained_run import make_run
 
-from experiments import gpu_report, scaling
+from experiments import gpu_report, growth, scaling
 from tools import (
     benchmark,
     benchmark_compare,
     benchmark_suites,
     benchmark_timing,
     roofline,
+    startup,
+    throughput,
 )
 from tools import benchmark_programs as programs
 from tools.benchmark_session import make_session
@@ -248,6 +252,71 @@ def test_targets_are_judged_in_their_direction():
     assert [fast.judge(value)["reached"] for value in values] == reached
     values = (21, 20, 10, None)
     assert [short.judge(value)["reached"] for value in values] == reached
+
+
+@pytest.mark.slow
+def test_the_gpu_report_runs_to_its_end_on_a_cpu(tmp_path):
+    """Every section, so that the first minutes on a card find no misspelt name."""
+    path = tmp_path / "report.json"
+    with pytest.raises(SystemExit) as end:
+        gpu_report.main(["--tiny", "--budget_s=1e9", f"--json={path}"])
+    report = json.loads(path.read_text())
+    assert report["errors"] == {} and end.value.code == 0
+    sections = set(gpu_report.sections(make_session(), report))
+    assert set(report["seconds"]) == sections
+    measured = {t["target"] for t in report["targets"] if t["measured"] is not None}
+    assert len(measured) >= 8 and set(report["hlo"]) == {"train", "voting_k1"}
+
+
+def test_collectives_and_their_bytes_are_counted():
+    hlo = """
+  %a = (f32[64]{0}, f32[3,3]{1,0}) all-reduce-start(%x, %y), to_apply=%add
+  %b = f32[] all-reduce(%z), to_apply=%add
+  %c = bf16[8,4]{1,0} all-gather(%w), dimensions={0}
+  %d = f32[8]{0} add(%b, %b)
+"""
+    assert growth.collectives(hlo) == {
+        "all-reduce": {"number": 2, "bytes": 4 * (64 + 9 + 1), "largest": "f32[64]"},
+        "all-gather": {"number": 1, "bytes": 64, "largest": "bf16[8,4]"},
+    }
+
+
+def test_the_step_of_a_pod_is_floor_and_sums():
+    machine = roofline.Machine(bytes_per_s=1e12, flops_per_s=1e14)
+    alone = growth.model(growth.Pod("one", 1, 32, machine, 1e11, 0.0))
+    assert alone["efficiency"] == {"hidden": 1.0, "exposed": 1.0}
+    pod = growth.Pod("four", 4, 32, machine, 1e11, 1e-5)
+    found = growth.model(pod)
+    assert found["gradients_ms"] == pytest.approx(1e3 * 1.5 * 4 * 23_512_130 / 1e11)
+    waits = 106e-5 + 1.5 * 16 * 26_560 / 1e11
+    assert found["statistics_ms"] == pytest.approx(1e3 * waits)
+    step = found["step_ms"]
+    assert step["one device"] == alone["step_ms"]["one device"]
+    sums = found["gradients_ms"] + found["statistics_ms"]
+    assert step["exposed"] == pytest.approx(step["one device"] + sums)
+    assert step["hidden"] < step["exposed"]
+
+
+def test_phases_end_at_the_lines_of_a_command():
+    found = startup.phases(["json.tool", "--help"], {"usage": "asked", "opt": "told"})
+    assert list(found["phases"]) == ["asked", "told"]
+    total = sum(one["s"] for one in found["phases"].values())
+    assert found["in all"]["s"] == pytest.approx(total) and total > 0
+    with pytest.raises(RuntimeError, match="json.tool --help: usage"):
+        startup.phases(["json.tool", "--help"], {"never said": "end"})
+
+
+@pytest.mark.slow
+def test_every_stage_of_predict_is_timed(tmp_path):
+    _, records = make_run(tmp_path / "run")
+    files = [tmp_path / f"{i}.png" for i in range(6)]
+    for i, file in enumerate(files):
+        Image.fromarray(records.images[i][..., 0]).save(file)
+    found = throughput.stages(tmp_path / "run", files, [], tmp_path / "out")
+    names = {"open PNG", "voting", "network", "row", "row and overlay", "page"}
+    assert set(found) == names
+    assert all(one["images_per_s"] > 0 for one in found.values())
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_exponent_of_a_power_law():
