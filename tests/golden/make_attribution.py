@@ -3,7 +3,8 @@
     python tests/golden/make_attribution.py CHECKOUT
 
 CHECKOUT holds github.com/shirgur/AGFVisualization; run where torch is installed. The
-weights and images are `weight` and `images` of torch_networks.py, so that maps alone
+weights and images are `weight` and `images` of torch_networks.py, the head's divided by
+the largest logit, which would saturate the softmax, so that maps and that number alone
 are stored: float64, over their maximum as published, of two images and a class each, as
 means over 8 x 8 pixels.
 """
@@ -36,7 +37,7 @@ def main() -> None:
         return shares, [(one,) for one in gradients]
 
     layers.Add.AGF = add
-    found = {}
+    found, largest = {}, {}
     for name in NETWORKS:
         network = getattr(resnet, name)(num_classes=10)
         state = network.state_dict()
@@ -49,12 +50,17 @@ def main() -> None:
             }
         )
         network.eval()
-        network(torch.tensor(images().transpose(0, 3, 1, 2), dtype=torch.float64))
+        x = torch.tensor(images().transpose(0, 3, 1, 2), dtype=torch.float64)
+        largest[name] = network(x).abs().max().item()
+        for tensor in (network.fc.weight, network.fc.bias):
+            tensor.data /= largest[name]
+        network(x)
         maps = network.AGF(class_id=list(CLASSES)).detach().numpy()[:, 0]
         side = maps.shape[1] // 8
         maps = maps.reshape(2, side, 8, side, 8).mean((2, 4))
         found[name] = np.round(maps, 8).tolist()
     about = {"commit": COMMIT, "torch": torch.__version__, "classes": CLASSES}
+    about["largest_logit"] = largest
     path = Path(__file__).with_name("attribution.json")
     path.write_text(json.dumps(about | {"maps": found}) + "\n")
 
