@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -79,6 +78,8 @@ def class_map_sheet(predictions: dict, records: Records) -> np.ndarray:
 
 def titled(page: np.ndarray, title: str) -> np.ndarray:
     """A strip with a title above uint8 [H, W, 3], wider where the title is."""
+    import matplotlib  # Slow to import, for no more than its fonts.
+
     fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")  # Of most scripts.
     font = ImageFont.truetype(fonts / "DejaVuSans.ttf", 13)
     width = max(page.shape[1], int(font.getlength(title)) + 4)
