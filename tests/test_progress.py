@@ -14,6 +14,11 @@ def plain(monkeypatch):
     monkeypatch.delenv("CI", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def a_command(monkeypatch):
+    monkeypatch.setattr(progress.signals.Command, "alarm", object())
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -101,6 +106,14 @@ def test_other_hosts_say_nothing(monkeypatch, plain, capsys):
     with progress.stage("training", 1, "steps") as show:
         show(1, now=True)
     assert capsys.readouterr().out == ""
+
+
+def test_a_program_that_uses_the_package_hears_the_steps_alone(monkeypatch, capsys):
+    monkeypatch.setattr(progress.signals.Command, "alarm", None)
+    with progress.stage("building the network"), progress.stage("reading", 2) as show:
+        show(1, "step 1/2", now=True)
+        show(2)
+    assert capsys.readouterr().out == "step 1/2\n"
 
 
 def test_a_failed_stage_is_closed(plain):
