@@ -93,10 +93,10 @@ class Stage:
 
 
 class Log(logging.Handler):
-    """Lines of the log on stderr as it is at the time: above a bar where one is."""
+    """Messages of the log on stderr as it is at the time: above a bar where one is."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(logging.Formatter().format(record), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

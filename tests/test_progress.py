@@ -1,6 +1,7 @@
 """One bar on a terminal, plain lines elsewhere."""
 
 import io
+import logging
 import re
 import sys
 
@@ -120,6 +121,13 @@ def test_a_failed_stage_is_closed(plain):
     with pytest.raises(ValueError), progress.stage("reading data"):
         raise ValueError
     assert not progress.Shown.stages
+
+
+def test_log_messages_go_where_stderr_is_at_the_time(capsys):
+    log = logging.Logger("x")
+    log.addHandler(progress.Log())
+    log.warning("host-bound: %.0f %%", 30)
+    assert capsys.readouterr().err == "host-bound: 30 %\n"
 
 
 def test_clock():
