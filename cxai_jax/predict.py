@@ -9,12 +9,13 @@ page says why; 2: nothing was; 128 + n: stopped by signal n, --resume continues.
 """
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cxai_jax import signals
+from cxai_jax import progress, signals
 from cxai_jax.inference.choices import CAM, CONTINUES, MAPS, OVERLAYS, POINTS
 
 
@@ -76,6 +77,7 @@ def window(text: str) -> tuple[float, float]:
 def command() -> int:
     """`main`, where a full disk or a signal outside the loop ends in one line."""
     signals.begin("before anything was predicted", CONTINUES)
+    logging.basicConfig(handlers=[progress.Log()])
     try:
         return main()
     except OSError as error:

@@ -3,7 +3,8 @@
 A stage has a name (reading images, compiling, training) and, where its end is known, a
 bar with the time left. On a terminal the line of the innermost stage overwrites itself
 and is never wider than the terminal. Where the output is none, or CI is set, there are
-lines: the name, then how far it is, first, last and every LINE_S seconds.
+lines: the name, then how far it is, at the end and every LINE_S seconds. A program that
+uses the package hears only the steps of a training.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ class Stage:
         self._out, self._bar = sys.stdout, None
         outer = Shown.stages[-1] if Shown.stages else None
         self._inner = outer is not None
-        if Shown.quiet:
+        if not speaks():
             return
         if on_terminal():
             self._bar = outer._bar if outer and outer._bar else _open_bar(self._out)
@@ -62,12 +63,15 @@ class Stage:
         if self._bar:
             told = text or self._pace(done)
             self._bar.update(self._task, completed=done, text=told)
-        elif now or self.due() or (done == self._total and not self._inner):
+        elif now or (speaks() and (self.due() or self._at_end(done))):
             told = text or f"{self.name}: {self._pace(done)}"
             print(told, file=self._out, flush=True)
         else:
             return
         self._shown = time.monotonic()
+
+    def _at_end(self, done: int) -> bool:
+        return done == self._total and not self._inner
 
     def _pace(self, done: int) -> str:
         seconds = max(time.monotonic() - self._begun, 1e-9)
@@ -89,10 +93,10 @@ class Stage:
 
 
 class Log(logging.Handler):
-    """Lines of the log on stderr as it is at the time: above a bar where one is."""
+    """Messages of the log on stderr as it is at the time: above a bar where one is."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(logging.Formatter().format(record), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -119,6 +123,11 @@ def stage(
 def where() -> str:
     """The innermost stage in words, for the line with which a signal ends a command."""
     return f"while {Shown.stages[-1].name}" if Shown.stages else "at once"
+
+
+def speaks() -> bool:
+    """Whether this process is a command, and of several hosts the first."""
+    return signals.Command.alarm is not None and not Shown.quiet
 
 
 def on_terminal() -> bool:

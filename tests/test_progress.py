@@ -1,6 +1,7 @@
 """One bar on a terminal, plain lines elsewhere."""
 
 import io
+import logging
 import re
 import sys
 
@@ -12,6 +13,11 @@ from cxai_jax import progress
 @pytest.fixture
 def plain(monkeypatch):
     monkeypatch.delenv("CI", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def a_command(monkeypatch):
+    monkeypatch.setattr(progress.signals.Command, "alarm", object())
 
 
 class Terminal(io.StringIO):
@@ -103,10 +109,25 @@ def test_other_hosts_say_nothing(monkeypatch, plain, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_program_that_uses_the_package_hears_the_steps_alone(monkeypatch, capsys):
+    monkeypatch.setattr(progress.signals.Command, "alarm", None)
+    with progress.stage("building the network"), progress.stage("reading", 2) as show:
+        show(1, "step 1/2", now=True)
+        show(2)
+    assert capsys.readouterr().out == "step 1/2\n"
+
+
 def test_a_failed_stage_is_closed(plain):
     with pytest.raises(ValueError), progress.stage("reading data"):
         raise ValueError
     assert not progress.Shown.stages
+
+
+def test_log_messages_go_where_stderr_is_at_the_time(capsys):
+    log = logging.Logger("x")
+    log.addHandler(progress.Log())
+    log.warning("host-bound: %.0f %%", 30)
+    assert capsys.readouterr().err == "host-bound: 30 %\n"
 
 
 def test_clock():

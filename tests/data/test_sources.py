@@ -191,7 +191,7 @@ def test_command_prints_counts_and_verdict(tmp_path, capsys):
     (source / "healthy" / "notes.txt").write_text("x")
     command = ("--dataset=folder", f"--source={source}", f"--data_dir={tmp_path / 'd'}")
     code, out, err = run(capsys, *command)
-    assert code == 0 and not err and "preparing: 8/8 images" in out
+    assert code == 0 and not err
     assert "COVID positive       2       1       1       4" in out
     assert "leakage: no patient ids" in out and "random (image-level)" in out
     assert "healthy/notes.txt: not an image by its suffix" in out
