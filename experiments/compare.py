@@ -332,9 +332,12 @@ def finished(jobs: Sequence[Job], folder: Path) -> dict[str, dict]:
         if path.exists():
             kept = kept_runs.read(path)
             described = kept["data"]
+            names = described["class_names"]
             cells[job.system][job.seed, job.fold] = kept["predictions"] | {
-                "positive": described["class_names"].index(described["positive"]),
+                "positive": names.index(described["positive"]),
                 "site_names": described["site_names"],
+                "class_names": names,
+                "rated": names if len(names) > 2 else [],
             }
     return cells
 

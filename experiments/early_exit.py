@@ -53,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.early_exit")
     parser.add_argument("--run", type=Path, required=True)
     given = parser.parse_args(arguments)
-    config, _, predictions, records = read_run(given.run)
-    probs = predictions["probs"]
+    run = read_run(given.run)
+    probs, records = run.predictions["probs"], run.records
     if probs.shape[1] == 1:
         parser.error(f"{given.run} was scored without voting; use --config.tta.k=31")
     model = load(given.run)
     # The run may have been trained without voting and scored with it.
     model.config.tta.update({"k": probs.shape[1] - 1, "early_exit": True})
     predictor = Predictor(model, make_mesh())
-    size, batch = config.data.image_size, predictor.batch_size
+    size, batch = run.config.data.image_size, predictor.batch_size
     images = np.stack([transforms.squash(image, size) for image in records.images])
     early = [
         predictor(images[i : i + batch], records.sites[i : i + batch])

@@ -1,29 +1,72 @@
 """Figure 3 of the CT paper: accuracy against k, theta and the number of CPE patches.
 
-python -m experiments.figure3 --predictions runs/b/predictions_test.npz --out fig3.png
-python -m experiments.figure3 --predictions ... --runs runs/n2-* runs/n3-* --out ...
+python -m experiments.figure3 --workdir runs/b-full [--patches runs/n2-* runs/n3-*]
 
-Panels a and b are read off one predictions file with the largest k: its masks are
-nested, so no model is needed. Panel c takes finished runs that differ in
-config.cpe.num_patches and the seed. The paper's k and theta were chosen on the test
-split; give a validation file to choose, and the test file only to look.
+One line for each site. Panels a and b are read off the predictions of the scored split
+with the largest k: its masks are nested, so no network is needed. Panel c takes
+finished runs that differ in config.cpe.num_patches and the seed. The paper chose k and
+theta on the test split; look at them here, and choose with experiments.figure4.
 """
 
 import argparse
-import json
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from cxai_jax.config import read_config
 from cxai_jax.report import figures
-from cxai_jax.scoring import evaluate
 from cxai_jax.voting import rules
+from cxai_jax.writer import read_json
+from experiments import figure_command
+from experiments.figure_command import Drawn
+from experiments.run_files import need_votes, read_run, source
 
+LEAST = 0.1  # Height of the panels, accuracy.
 THETAS = np.round(np.arange(0.05, 0.51, 0.05), 2)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--patches", type=Path, nargs="*", default=[], help="runs of panel c"
+    )
+
+
+def make(given: argparse.Namespace) -> Drawn:
+    run = read_run(given.workdir)
+    need_votes(run)
+    theta, sites = run.config.tta.theta, run.predictions["sites"]
+    swept = {
+        name: sweep(of_rows(run.predictions, sites == site), k=run.masks, theta=theta)
+        for site, name in enumerate(run.dataset.site_names)
+        if (sites == site).any()
+    }
+    figure = draw(swept, by_patches(given.patches), k=run.masks, theta=theta)
+    numbers = ", ".join(
+        f"{swept[name]['number']} of {name} (one is "
+        f"{100 / swept[name]['number']:.2g} points)"
+        for name in swept
+    )
+    return Drawn(
+        figure,
+        f"Accuracy after voting with the first k masked images at theta = {theta:g} "
+        f"(a) and with {run.masks} of them against theta (b); dashed: without voting. "
+        + (
+            "c: against n of CPE, mean and sd over seeds, without voting. "
+            * bool(given.patches)
+        )
+        + f"Images: {numbers}. These are the images that the run is scored on: a k or "
+        f"theta chosen here would be chosen on them. {source(run)}",
+    )
+
+
+def of_rows(predictions: dict, rows: np.ndarray) -> dict:
+    """Probabilities and labels of some images."""
+    return {name: predictions[name][rows] for name in ("probs", "labels")}
 
 
 def accuracy(predictions: dict, *, k: int, theta: float) -> float:
@@ -39,89 +82,89 @@ def sweep(predictions: dict, *, k: int, theta: float) -> dict:
     """Accuracies behind panels a and b.
 
     Args:
-      predictions: contents of a predictions file.
+      predictions: probs [N, k + 1 or more, K] and labels [N].
       k: masks in panel b.
       theta: threshold in panel a.
 
     Returns:
-      `ks` and `by_k`, `thetas` and `by_theta`, and `without`, the accuracy without
-      voting.
-
-    Raises:
-      ValueError: if the file has fewer than k masks.
+      `ks` and `by_k`, `thetas` and `by_theta`, `without`, the accuracy without voting,
+      and `number` N.
     """
-    most = predictions["probs"].shape[1] - 1
-    if most < max(k, 1):
-        raise ValueError(
-            f"the predictions hold {most} masks, {k} were asked for; score the run "
-            f"again with --mode=eval --config.tta.k={k}"
-        )
-    ks = np.arange(1, most + 1)
+    ks = np.arange(1, predictions["probs"].shape[1])
     return {
         "ks": ks,
         "by_k": [accuracy(predictions, k=int(n), theta=theta) for n in ks],
         "thetas": THETAS,
         "by_theta": [accuracy(predictions, k=k, theta=float(t)) for t in THETAS],
         "without": accuracy(predictions, k=0, theta=theta),
+        "number": len(predictions["labels"]),
     }
 
 
-def by_patches(runs: Sequence[Path]) -> dict[int, list[float]]:
-    """config.cpe.num_patches -> test accuracies of the runs, one per seed."""
+def by_patches(workdirs: Sequence[Path]) -> dict[int, list[float]]:
+    """config.cpe.num_patches -> test accuracies of the runs, one per seed.
+
+    Raises:
+      FileNotFoundError: for a workdir without a run.
+      ValueError: for one without results.
+    """
     found = defaultdict(list)
-    for run in runs:
-        results = json.loads((run / "results.json").read_text())
-        scored = results["metrics"]["all"]["accuracy"]
-        found[results["config"]["cpe"]["num_patches"]].append(scored)
+    for workdir in workdirs:
+        config = read_config(workdir)
+        scores = read_json(workdir / "results.json", "metrics")["metrics"]
+        found[config.cpe.num_patches].append(scores["all"]["accuracy"])
     return dict(sorted(found.items()))
 
 
-def draw(swept: dict, patches: dict, *, k: int, theta: float) -> Figure:
-    """The panels side by side; panel c only if there are runs."""
+def draw(
+    swept: Mapping[str, dict],
+    patches: Mapping[int, Sequence[float]],
+    *,
+    k: int,
+    theta: float,
+) -> Figure:
+    """The panels side by side; panel c only if there are runs.
+
+    Args:
+      swept: name of a line -> what `sweep` returned.
+      patches: n -> accuracies, one for each seed.
+      k: masks in panel b.
+      theta: threshold in panel a.
+    """
     count = 2 + bool(patches)
     with rc_context(figures.STYLE):
-        figure = Figure((4 * count, 3.2), layout="constrained")
+        figure = Figure((3.6 * count, 3.5), layout="constrained")
         panels = figure.subplots(1, count, sharey=True)
-        panels[0].plot(swept["ks"], swept["by_k"], label=f"theta = {theta}")
-        panels[0].set(xlabel="k, masked cells", ylabel="accuracy", title="a")
-        panels[1].plot(swept["thetas"], swept["by_theta"], label=f"k = {k}")
-        panels[1].set(xlabel="theta", title="b")
-        for panel in panels[:2]:
-            panel.axhline(
-                swept["without"], color=figures.INK, ls="--", lw=0.9, label="no voting"
-            )
-            panel.legend()
+        for colour, (name, values) in zip(figures.COLOURS, swept.items(), strict=False):
+            panels[0].plot(values["ks"], values["by_k"], color=colour, label=name)
+            panels[1].plot(values["thetas"], values["by_theta"], color=colour)
+            for panel in panels[:2]:
+                panel.axhline(values["without"], color=colour, ls="--", lw=0.9)
+        panels[0].set(xlabel=f"k, masked cells (theta = {theta:g})", title="a")
+        panels[0].set_ylabel("accuracy")
+        panels[1].set(xlabel=f"theta (k = {k})", title="b")
         if patches:
             means = [np.mean(values) for values in patches.values()]
             spread = [
                 np.std(values, ddof=1) if len(values) > 1 else 0.0
                 for values in patches.values()
             ]
-            panels[2].errorbar(list(patches), means, spread, marker="o", capsize=3)
+            panels[2].errorbar(
+                list(patches), means, spread, marker="o", capsize=3, color=figures.INK
+            )
             panels[2].set(xlabel="n, patches per group (CPE)", title="c")
             panels[2].set_xticks(list(patches))
+        low, high = panels[0].get_ylim()
+        if high - low < LEAST:  # One image must not look like a cliff.
+            middle = (low + high) / 2
+            panels[0].set_ylim(middle - LEAST / 2, middle + LEAST / 2)
+        panels[0].plot([], [], color=figures.INK, ls="--", lw=0.9, label="no voting")
+        figure.legend(loc="outside lower center", ncols=len(swept) + 1)
     return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.figure3")
-    parser.add_argument("--predictions", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, nargs="*", default=[])
-    parser.add_argument("--k", type=int, default=31)
-    parser.add_argument("--theta", type=float, default=0.2)
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args(arguments)
-    predictions = evaluate.load_predictions(given.predictions)
-    swept = sweep(predictions, k=given.k, theta=given.theta)
-    patches = by_patches(given.runs)
-    figures.save(draw(swept, patches, k=given.k, theta=given.theta), given.out)
-    print(f"no voting  {swept['without']:.4f}")
-    for n, value in zip(swept["ks"], swept["by_k"], strict=True):
-        print(f"k {n:3d}  theta {given.theta:.2f}  {value:.4f}")
-    for t, value in zip(swept["thetas"], swept["by_theta"], strict=True):
-        print(f"k {given.k:3d}  theta {t:.2f}  {value:.4f}")
-    for n, values in patches.items():
-        print(f"n {n:3d}  {np.mean(values):.4f}  ({len(values)} runs)")
+    figure_command.run(sys.modules[__name__], arguments)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ FREE_FIELDS = (
     "tta.chunk",
     "train.log_every_steps",
     "train.checkpoint_every_epochs",
+    "train.checkpoint_every_minutes",
     "train.keep_checkpoints",
+    "train.on_nan",
 )
 COLUMNS = ("names", "patients", "labels", "sites", "probs", "chosen")
 VOTED = ("voted", "opposing")  # Only where there was a vote.

@@ -18,7 +18,7 @@ RESAMPLES = 2000
 # 1.96 + 0.84.
 POWER = 2.8
 Page = tuple[str, list[list[str]]]  # Title, and rows of cells below a head.
-RATES = ("accuracy", "precision", "recall", "f1")
+RATES = ("accuracy", "balanced_accuracy", "precision", "recall", "f1")
 
 
 def pool(parts: Sequence[dict]) -> dict:
@@ -50,7 +50,8 @@ def compare(runs: dict[str, dict[int, dict]]) -> dict[str, dict]:
     Args:
       runs: system -> seed -> run, a dict of `names`, `patients` ("" unknown), `labels`,
         `sites`, `probs` [N, K], `chosen` (labels before voting), perhaps `voted`, and
-        `positive` (class index), `site_names`. The first system is the reference.
+        `positive` (class index), `site_names`, perhaps `rated` (names of all classes,
+        where each is to be rated). The first system is the reference.
 
     Returns:
       system -> score -> {"mean", "sd", "low", "high", "seeds"}; a paired difference, of
@@ -141,7 +142,7 @@ def detectable(values: np.ndarray) -> float:
 
 
 def scores(weights: np.ndarray, run: dict) -> dict[str, np.ndarray]:
-    """Accuracy, precision, recall, F1 and AUC, of all images and of each site.
+    """RATES, AUC and AUPRC, of all images and of each site; see also `of_classes`.
 
     Args:
       weights: [R, N], how often each image counts.
@@ -163,10 +164,12 @@ def scores(weights: np.ndarray, run: dict) -> dict[str, np.ndarray]:
 
 def _scores(weights, run: dict, rows: np.ndarray) -> dict[str, np.ndarray]:
     weights, labels, positive = weights[:, rows], run["labels"][rows], run["positive"]
+    rated = run.get("rated", ())
     found = decisions(weights, labels, run["chosen"][rows], positive)
-    found["auc"] = metrics.weighted_auc(
-        labels == positive, run["probs"][rows][:, positive], weights
-    )
+    found |= of_classes(weights, labels, run["chosen"][rows], rated)
+    ranked = (labels == positive, run["probs"][rows][:, positive], weights)
+    found["auc"] = metrics.weighted_auc(*ranked)
+    found["auprc"] = metrics.weighted_average_precision(*ranked)
     if "voted" in run:
         after = decisions(weights, labels, run["voted"][rows], positive)
         found |= {f"{name} after voting": value for name, value in after.items()}
@@ -174,18 +177,46 @@ def _scores(weights, run: dict, rows: np.ndarray) -> dict[str, np.ndarray]:
             f"gain in {name} by voting": value - found[name]
             for name, value in after.items()
         }
+        each = of_classes(weights, labels, run["voted"][rows], rated)
+        found |= {f"{name} after voting": value for name, value in each.items()}
+    return found
+
+
+def of_classes(
+    weights: np.ndarray, labels: np.ndarray, chosen: np.ndarray, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Weighted sensitivity and PPV of each class and their means, [R]; 0/0 is 0.
+
+    Args: as `decisions`, and
+      names: of the classes; none: the result is empty.
+    """
+    found = {}
+    for c, name in enumerate(names):
+        rates = decisions(weights, labels, chosen, c)
+        found[f"sensitivity {name}"] = rates["recall"]
+        found[f"PPV {name}"] = rates["precision"]
+    for kind in ("sensitivity", "PPV") if names else ():
+        of_kind = [value for name, value in found.items() if name.startswith(kind)]
+        found[f"macro {kind}"] = np.mean(of_kind, axis=0)
     return found
 
 
 def decisions(
     weights: np.ndarray, labels: np.ndarray, chosen: np.ndarray, positive: int
 ) -> dict[str, np.ndarray]:
-    """Weighted RATES, the last three of the positive class, each [R]; 0/0 is 0."""
+    """Weighted RATES, the last three of the positive class, each [R]; 0/0 is 0.
+
+    Balanced accuracy is the mean recall of the classes that a draw holds.
+    """
     true, said = labels == positive, chosen == positive
     hits, asked, given = (weights @ x.astype(int) for x in (true & said, true, said))
-    right, total = weights @ (labels == chosen).astype(int), weights.sum(1)
+    of_class = labels == np.unique(labels)[:, None]
+    right = weights @ (of_class & (labels == chosen)).astype(int).T
+    held = weights @ of_class.astype(int).T
+    recalls = right / np.maximum(held, 1)
     rates = (
-        (right, total),
+        (right.sum(1), weights.sum(1)),
+        (recalls.sum(1), (held > 0).sum(1)),
         (hits, given),
         (hits, asked),
         (2 * hits, asked + given),

@@ -8,4 +8,4 @@ python -m experiments.table1 --rows=baseline,sepnorm --recipe=short --size=112 \
 from experiments import tables
 
 if __name__ == "__main__":
-    tables.main("site_a", "table1")
+    tables.main(tables.TABLE1)

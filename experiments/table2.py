@@ -8,4 +8,4 @@ python -m experiments.table2 --rows=baseline,sepnorm --recipe=short --size=112 \
 from experiments import tables
 
 if __name__ == "__main__":
-    tables.main("site_b", "table2")
+    tables.main(tables.TABLE2)

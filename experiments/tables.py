@@ -1,10 +1,11 @@
-"""Tables 1 and 2 of the CT paper: every row by name, run here or quoted.
+"""Tables 1 to 3 of the CT paper: every row by name, run here or quoted.
 
-Called by `table1` (site A) and `table2` (site B). A row is run with its published
-recipe or with ours, `--recipe`, so that systems can be compared and not recipes. With
-`--train_on=table` rows are trained as in the paper, on both sites but for "(single)";
-with `--train_on=site` all on the table's own site, which is a fifth of the work.
-Finished runs are small files in results/NAME/, shared by both tables; see `compare`.
+Called by `table1` (site A), `table2` (site B) and `table3` (COVIDx-CT). A row is run
+with its published recipe or with ours, `--recipe`, so that systems can be compared and
+not recipes. With `--train_on=table` rows of sites are trained as in the paper, on both
+sites but for "(single)"; with `--train_on=site` all on the table's own site, which is a
+fifth of the work. Finished runs are small files in results/RUNS/, shared by the tables;
+see `compare`.
 """
 
 import argparse
@@ -19,25 +20,47 @@ import numpy as np
 
 from experiments import compare, paired
 
-FILES = {"site_a": "configs/siteA.py", "site_b": "configs/siteB.py"}
 WANG, OURS = "Wang et al. 2020b", "Ali et al. 2022"
 
 
 class Row(NamedTuple):
-    """A row of both tables."""
+    """A row of a table."""
 
     name: str  # As printed.
-    words: str  # Rows of configs/common.py.
+    words: str  # Rows of the table's config.
     published: str = ""  # Words of its published recipe; "": A20, the defaults.
     figures: str = OURS  # Where the printed figures come from.
     single: bool = False  # Trained on the table's site alone.
     backbone: str = "any"  # any | resnet | own: what --backbone may put in.
+    model: str = ""  # Key of MODELS, where it is not that of the words.
 
     @property
     def key(self) -> str:
         return re.sub(r"\W+", "_", self.name.lower()).strip("_")
 
 
+class Table(NamedTuple):
+    """A table of the paper."""
+
+    name: str  # Of its files in results/.
+    site: str  # Whose images are scored.
+    own: str  # Config of that site alone.
+    pooled: str  # Config of what the paper trains on.
+    rows: Sequence[Row]
+    printed: dict[str, dict[str, float]]  # Row -> score -> percent, as printed.
+    scores: Sequence[str]  # Its columns, see `paired`.
+    words: str = ""  # Further rows of the config, for all.
+    each_class: bool = False  # Whether two classes are rated apart, too.
+
+
+OWN_ROWS = (
+    Row("Baseline", "baseline"),
+    Row("Baseline + CPE", "cpe"),
+    Row("SnapMix", "snapmix"),
+    Row("SnapMix + Contrastive", "contrastive"),
+    Row("SnapMix + CPE", "full"),
+    Row("Ours (Full)", "full,tta"),
+)
 ROWS = (
     Row("Series Adapter", "series_adapter", "wang", WANG, backbone="resnet"),
     Row("Parallel Adapter", "parallel_adapter", "wang", WANG, backbone="resnet"),
@@ -48,32 +71,35 @@ ROWS = (
     Row("Redesign (joint)", "redesign", "wang", WANG, backbone="own"),
     Row("SepNorm", "sepnorm", "wang", WANG, backbone="own"),
     Row("SepNorm + Contrastive", "sepnorm_contrastive", "wang", WANG, backbone="own"),
-    Row("Baseline", "baseline"),
-    Row("Baseline + CPE", "cpe"),
-    Row("SnapMix", "snapmix"),
-    Row("SnapMix + Contrastive", "contrastive"),
-    Row("SnapMix + CPE", "full"),
-    Row("Ours (Full)", "full,tta"),
+    *OWN_ROWS,
 )
 REFERENCE = "Baseline"  # Of the paired differences, where it was run.
 RECIPES = ("published", "ours", "short")
+SCORES = ("accuracy", "precision", "recall", "f1", "auc")
+UNVOTED = ("auc",)  # Scores that a bare label does not have.
 # Percent, as printed in the paper. Only what experiments/README.md discusses: the other
 # figures have to be read in the paper, where the first nine rows are quoted as well.
-PRINTED = {
-    "site_a": {"Ours (Full)": {"f1": 95.87}},
-    "site_b": {"SnapMix + CPE": {"f1": 86.95}, "Ours (Full)": {"f1": 88.25}},
-}
+TABLE1 = Table(
+    name="table1",
+    site="site_a",
+    own="configs/siteA.py",
+    pooled="configs/joint.py",
+    rows=ROWS,
+    printed={"Ours (Full)": {"f1": 95.87}},
+    scores=SCORES,
+)
+TABLE2 = TABLE1._replace(
+    name="table2",
+    site="site_b",
+    own="configs/siteB.py",
+    printed={"SnapMix + CPE": {"f1": 86.95}, "Ours (Full)": {"f1": 88.25}},
+)
 
 
-def main(site: str, name: str, arguments: Sequence[str] | None = None) -> None:
-    """The command of one table.
-
-    Args:
-      site: key of FILES.
-      name: of the table's files in results/.
-      arguments: of the command line.
-    """
-    parser = argparse.ArgumentParser(description=f"{__doc__.splitlines()[0]} ({site})")
+def main(table: Table, arguments: Sequence[str] | None = None) -> None:
+    """The command of one table; `arguments` are those of the command line."""
+    title = f"{__doc__.splitlines()[0]} ({table.site})"
+    parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--rows", help="keys with commas between, see --list; all")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="with commas between")
     parser.add_argument("--folds", type=int, help="default: the split as prepared")
@@ -90,25 +116,25 @@ def main(site: str, name: str, arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     folder = compare.RESULTS / options.runs
     try:
-        rows = chosen(options.rows)
-        jobs = plan(rows, site, options)
+        rows = chosen(table, options.rows)
+        jobs = plan(table, rows, options)
         if not options.list:
             out = options.out or Path("runs", options.runs)
             compare.run_all(jobs, folder, out, minutes=options.max_minutes)
-        print(listed(rows, jobs, folder, site))
+        print(listed(table, rows, jobs, folder))
         if not options.list:
-            print(write(rows, jobs, folder, site, compare.RESULTS / name))
+            print(write(table, rows, jobs, folder))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 
-def chosen(keys: str | None) -> list[Row]:
+def chosen(table: Table, keys: str | None) -> list[Row]:
     """The rows that keys with commas between name; None: all.
 
     Raises:
       ValueError: for an unknown key.
     """
-    known = {row.key: row for row in ROWS}
+    known = {row.key: row for row in table.rows}
     wanted = keys.split(",") if keys else list(known)
     for key in wanted:
         if key not in known:
@@ -116,27 +142,27 @@ def chosen(keys: str | None) -> list[Row]:
     return [known[key] for key in wanted]
 
 
-def plan(rows: Sequence[Row], site: str, options) -> list[compare.Job]:
+def plan(table: Table, rows: Sequence[Row], options) -> list[compare.Job]:
     """The runs of all rows, seed by seed."""
     return [
         job
         for seed in map(int, options.seeds.split(","))
         for row in rows
         for job in compare.plan(
-            FILES[site]
-            if row.single or options.train_on == "site"
-            else "configs/joint.py",
-            {
-                row.name: ",".join(
-                    filter(None, (row.words, recipe(row, options.recipe)))
-                )
-            },
+            table.own if row.single or options.train_on == "site" else table.pooled,
+            {row.name: system(table, row, options.recipe)},
             seeds=[seed],
             folds=compare.fold_names(options.folds),
             fields=[*compare.fields_of(options), *options.set],
             backbone=backbone(row, options.backbone),
         )
     ]
+
+
+def system(table: Table, row: Row, name: str) -> str:
+    """ROWS[+FIELD=VALUE] of a row, with a recipe of RECIPES."""
+    words = ",".join(filter(None, (row.words, recipe(row, name), table.words)))
+    return f"{words}+model.name={row.model}" if row.model else words
 
 
 def recipe(row: Row, name: str) -> str:
@@ -153,36 +179,45 @@ def backbone(row: Row, wanted: str | None) -> str | None:
     return wanted
 
 
-def listed(rows: Sequence[Row], jobs, folder: Path, site: str) -> str:
+def listed(table: Table, rows: Sequence[Row], jobs, folder: Path) -> str:
     """Every row: its key, its runs here, what is quoted."""
-    lines = [f"{site}: row (key): runs here; figures printed by the paper"]
+    lines = [f"{table.site}: row (key): runs here; figures printed by the paper"]
     for row in rows:
         own = [job for job in jobs if job.system == row.name]
         done = sum((folder / f"{job.name}.json").exists() for job in own)
-        printed = PRINTED[site].get(row.name, {})
-        told = ", ".join(f"{k} {v}" for k, v in printed.items()) or "see the paper"
+        told = printed(table, row)
         lines.append(
             f"  {row.name} ({row.key}): {done} of {len(own)}; {row.figures}: {told}"
         )
     return "\n".join(lines)
 
 
-def write(rows, jobs, folder: Path, site: str, path: Path) -> str:
+def printed(table: Table, row: Row) -> str:
+    """ "f1 95.87", or "see the paper"."""
+    found = table.printed.get(row.name, {})
+    return ", ".join(f"{k} {v}" for k, v in found.items()) or "see the paper"
+
+
+def write(table: Table, rows, jobs, folder: Path) -> str:
     """Writes the table if any run is finished; returns it as text."""
     cells = {
-        name: {at: of_site(run, site) for at, run in of.items()}
+        name: {at: of_site(run, table.site) for at, run in of.items()}
         for name, of in compare.finished(jobs, folder).items()
         if of
     }
     if not cells:
-        return paired.markdown([overview(rows, jobs, folder, site, {})])
+        return paired.markdown([overview(table, rows, jobs, folder, {})])
+    if table.each_class:
+        for run in (run for of in cells.values() for run in of.values()):
+            run["rated"] = run["class_names"]
     order = sorted(cells, key=lambda name: name != REFERENCE)
     runs = compare.balanced({name: cells[name] for name in order})
-    table = paired.compare(runs)
-    page = overview(rows, jobs, folder, site, table)
+    compared = paired.compare(runs)
+    page = overview(table, rows, jobs, folder, compared)
     described = compare.about(jobs, folder, runs)
-    pages = [page, *paired.pages(table)]
-    compare.write_pages(path, described | {"table": table}, pages)
+    pages = [page, *paired.pages(compared)]
+    path = compare.RESULTS / table.name
+    compare.write_pages(path, described | {"table": compared}, pages)
     return paired.markdown([page])
 
 
@@ -201,35 +236,31 @@ def of_site(run: dict, site: str) -> dict:
     return parts | {"site_names": [site]}
 
 
-SCORES = ("accuracy", "precision", "recall", "f1", "auc")
-
-
-def overview(rows, jobs, folder: Path, site: str, table: dict):
+def overview(table: Table, rows, jobs, folder: Path, compared: dict):
     """The page with every row: ours, the paper's, and what differs."""
-    head = ["row", *SCORES, *(f"{s} after voting" for s in SCORES[:-1])]
-    head += ["loss, first to last", "printed by the paper", "what differs"]
-    head += ["best test epoch (optimistic)"]
+    voted = [f"{s} after voting" for s in table.scores if s not in UNVOTED]
+    columns = [*table.scores, *voted]
+    head = ["row", *columns, "loss, first to last", "printed by the paper"]
+    head += ["what differs", "best test epoch (optimistic)"]
     lines = [head]
     for row in rows:
-        found = table.get(row.name, {})
+        found = compared.get(row.name, {})
         kept = [
             json.loads(path.read_text(encoding="utf-8"))
             for job in jobs
             if job.system == row.name and (path := folder / f"{job.name}.json").exists()
         ]
-        printed = PRINTED[site].get(row.name, {})
-        told = ", ".join(f"{k} {v}" for k, v in printed.items()) or "see the paper"
         lines.append(
             [
                 row.name,
-                *(paired.shown(found[s]) if s in found else "-" for s in head[1:10]),
+                *(paired.shown(found[s]) if s in found else "-" for s in columns),
                 falling(kept),
-                f"{told} ({row.figures})",
+                f"{printed(table, row)} ({row.figures})",
                 differs(row, kept),
                 best(kept),
             ]
         )
-    return f"{site}: mean ± sd over seeds (95 % interval), percent", lines
+    return f"{table.site}: mean ± sd over seeds (95 % interval), percent", lines
 
 
 def falling(kept: list[dict]) -> str:

@@ -1,5 +1,5 @@
-"""Shared fixtures. Compiled programs are cached for the session: resuming a run
-compiles the same step again and compilation is what tests spend their time on."""
+"""Shared fixtures. Compilation is what tests spend their time on: programs are cached
+for the session, and LLVM spends less on them than in use."""
 
 import os
 import shutil
@@ -7,6 +7,10 @@ from pathlib import Path
 
 import jax
 import pytest
+
+os.environ["XLA_FLAGS"] = (
+    f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
+)
 
 REPO = Path(__file__).parents[1]
 SHARED = REPO.parent / "shared"

@@ -2,7 +2,16 @@
 
 from ml_collections import ConfigDict
 
-from cxai_jax.data import cxr, digits, folder, folds, phantom, sites, tfds_sets
+from cxai_jax.data import (
+    covidx_ct,
+    cxr,
+    digits,
+    folder,
+    folds,
+    phantom,
+    sites,
+    tfds_sets,
+)
 from cxai_jax.data.records import Dataset, DatasetSpec
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -11,6 +20,8 @@ DATASETS: dict[str, DatasetSpec] = {
     "site_b": sites.SITE_B,
     "joint": sites.JOINT,
     "cxr": cxr.SPEC,
+    "covidx_ct": covidx_ct.SPEC,
+    "covidx_ct_binary": covidx_ct.BINARY,
     "folder": folder.SPEC,
     "mnist": digits.MNIST,
     "usps": digits.USPS,

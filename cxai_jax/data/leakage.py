@@ -16,6 +16,8 @@ from PIL import Image
 SIDE = 64  # Pixels, side of a thumbnail.
 THRESHOLD = 0.97  # Correlation above which two images count as near duplicates.
 SIMILAR = 0.9  # Reported as well: neighbouring slices of one patient reach it.
+BLOCK = 2  # Pixels, side of the blocks whose means bound a correlation.
+FEW = 50  # One pair in so many is computed by itself, more of them as a matrix.
 CHUNK = 2048  # Thumbnails per side of one matrix product: 64 MB of float32.
 EXAMPLES = 5  # Pairs listed per finding.
 
@@ -42,6 +44,9 @@ def near_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of thumbnails that correlate above the threshold, and the best partner.
 
+    For standardised x and y and the projection P onto block means, Px.Py + |x - Px|
+    |y - Py| >= x.y: a product of a quarter of the size leaves few pairs to compute.
+
     Args:
       first: uint8 [N, 64, 64].
       second: uint8 [M, 64, 64].
@@ -49,16 +54,27 @@ def near_pairs(
 
     Returns:
       int [P, 2], index into `first` and into `second`; and float32 [M], the highest
-      correlation of each of `second` with any of `first`.
+      correlation of each of `second` with any of `first`, which may be given too low
+      where it is below SIMILAR and the threshold.
     """
+    ruled_in = min(threshold, SIMILAR) - 1e-4  # Room for rounding.
+    bounds = np.empty((len(second), SIDE**2 // BLOCK**2 + 1), np.float32)
+    for j in range(0, len(second), CHUNK):
+        bounds[j : j + CHUNK] = _bounds(_standardise(second[j : j + CHUNK]))
     found = [np.zeros((0, 2), int)]
     best = np.full(len(second), -1, np.float32)
     for i in range(0, len(first), CHUNK):
         rows = _standardise(first[i : i + CHUNK])
+        row_bounds = _bounds(rows)
         for j in range(0, len(second), CHUNK):
-            r = rows @ _standardise(second[j : j + CHUNK]).T
-            found.append(np.argwhere(r > threshold) + (i, j))
-            best[j : j + CHUNK] = np.maximum(best[j : j + CHUNK], r.max(axis=0))
+            a, b = np.nonzero(row_bounds @ bounds[j : j + CHUNK].T > ruled_in)
+            if not len(a):
+                continue
+            used, column = np.unique(b, return_inverse=True)
+            r = _products(rows, _standardise(second[j + used]), a, column)
+            np.maximum.at(best, j + b, r)
+            near = r > threshold
+            found.append(np.stack([i + a[near], j + b[near]], axis=1))
     return np.concatenate(found), best
 
 
@@ -141,6 +157,28 @@ def _standardise(thumbnails: np.ndarray) -> np.ndarray:
     rows = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     rows -= rows.mean(axis=1, keepdims=True)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+
+
+def _bounds(rows: np.ndarray) -> np.ndarray:
+    """float32 [N, 1025]: sums of blocks, orthonormal, and the norm of what they lack.
+
+    The product of two of them is at least that of the standardised rows [N, 4096].
+    """
+    blocks = SIDE // BLOCK
+    sums = rows.reshape(-1, blocks, BLOCK, blocks, BLOCK).sum((2, 4)) / BLOCK
+    seen = sums.reshape(len(rows), blocks**2)
+    missed = np.square(rows).sum(1) - np.square(seen).sum(1)
+    return np.c_[seen, np.sqrt(np.maximum(missed, 0))]
+
+
+def _products(rows: np.ndarray, columns: np.ndarray, a, b) -> np.ndarray:
+    """float32 [P], rows[a[p]] . columns[b[p]]."""
+    if len(a) * FEW > len(rows) * len(columns):
+        return (rows @ columns.T)[a, b]
+    parts = [slice(p, p + CHUNK) for p in range(0, len(a), CHUNK)]
+    return np.concatenate(
+        [np.einsum("pd,pd->p", rows[a[p]], columns[b[p]]) for p in parts]
+    )
 
 
 def _equal_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:

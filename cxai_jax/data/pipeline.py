@@ -100,7 +100,7 @@ def decode(records: Records, rows, fit, canvas, with_masks: bool = False) -> Bat
 def decode_all(
     records: Records, fit, max_bytes: float, with_masks: bool = False
 ) -> tuple[tuple[int, int, int], Batch | None]:
-    """Decodes a whole split onto the smallest canvas that holds all of its images.
+    """Decodes a whole split onto a canvas that holds all of its images.
 
     Returns:
       (canvas (Hc, Wc, C), the split as one host Batch [N, ...], filled up with copies
@@ -108,6 +108,11 @@ def decode_all(
       images would take more than `max_bytes`.
     """
     pairs, canvas, rows = [], (0, 0, 0), np.arange(len(records))
+    if records.shapes is not None:  # Then a split that does not fit need not be read.
+        fitted = [fit(np.zeros(shape, np.uint8)).shape for shape in records.shapes]
+        canvas = tuple(int(n) for n in np.max(fitted, axis=0))
+        if len(rows) * np.prod(canvas) > max_bytes:
+            return canvas, None
     reading = progress.stage("reading images", len(rows))
     with reading as show, ThreadPoolExecutor(os.cpu_count()) as pool:
         for pair in pool.map(

@@ -4,8 +4,34 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from cxai_jax.data import dicom, transforms
+
+
+class Box(NamedTuple):
+    """A part of an image, half open, in its pixels; `place`: the line that names it."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.left} {self.top} {self.right} {self.bottom}"
+
+    def part(self, image: np.ndarray) -> np.ndarray:
+        """The pixels inside, of an image [H, W, C]; ValueError if it is smaller."""
+        height, width = image.shape[:2]
+        if self.right > width or self.bottom > height:
+            raise ValueError(
+                f"{self.place}: the box {self} exceeds its {width} x {height} pixels; "
+                "mend the line"
+            )
+        return image[self.top : self.bottom, self.left : self.right]
 
 
 @dataclass(frozen=True)
@@ -19,6 +45,7 @@ class Source:
     patient: str = ""
     site: int = 0
     lung_mask: Path | None = None  # Image of the same aspect, not 0 inside.
+    box: Box | None = None  # The body, see Plan.crop.
     frame: int | None = None  # Of a DICOM file of several, from 0.
 
 
@@ -37,6 +64,7 @@ class Plan:
       left_out: (file, reason) of files that will not be stored.
       unlisted: likewise, of images that a list should have named; storing the others
         has to be asked for.
+      crop: whether to store the boxes of the sources alone; there are no masks then.
     """
 
     name: str
@@ -48,6 +76,7 @@ class Plan:
     sources: Sequence[Source]
     left_out: Sequence[tuple[str, str]] = field(default_factory=tuple)
     unlisted: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    crop: bool = False
 
 
 VERSION = "1.0.0"  # Of the layout of prepared data.

@@ -59,13 +59,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     prepared = [name for name, spec in DATASETS.items() if spec.plan]
     add("--dataset", required=True, choices=prepared)
-    add("--source", required=True, help="folder that holds the class folders")
+    add("--source", required=True, help="folder of the images, their lists and tables")
     add("--data_dir", required=True, help="root of the prepared data")
     add(
         "--split",
         help="site_a: blocked (default), random, wang; site_b: official (default), "
-        "wang; cxr: seed0, ...; folder: test, "
-        "to keep every image for testing",
+        "wang; cxr: seed0, ...; covidx_ct: CT-2A (default), CT-1, CT-3A, with -body "
+        "behind it cropped to the body; folder: test, to keep every image for testing",
     )
     add("--split_files", help="sites, wang: TRAIN.txt,TEST.txt")
     add("--name", help="folder: read back as folder:NAME")

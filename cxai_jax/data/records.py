@@ -49,6 +49,7 @@ class Records:
       lung_masks: sequence of uint8 [h, w] (1 inside), or None if the source has none;
         single items may be None as well.
       lesion_masks: likewise.
+      shapes: (h, w, C) that occur among the images or their superset, None if unknown.
 
     Raises:
       ValueError: if the fields differ in length.
@@ -61,6 +62,7 @@ class Records:
     names: np.ndarray
     lung_masks: Sequence | None = None
     lesion_masks: Sequence | None = None
+    shapes: frozenset | None = None
 
     def __post_init__(self):
         lengths = {f: len(c) for f, c in self.columns().items() if c is not None}
@@ -71,8 +73,8 @@ class Records:
         return len(self.labels)
 
     def columns(self) -> dict[str, Any]:
-        """The fields by name, not copied."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """The fields of N items by name, not copied."""
+        return {name: getattr(self, name) for name in COLUMNS}
 
     def subset(self, rows: np.ndarray) -> "Records":
         """The records of the given row numbers (or boolean mask), in that order."""
@@ -83,7 +85,11 @@ class Records:
                 return column if column is None else column[rows]
             return Mapped(column.__getitem__, rows)
 
-        return Records(**{name: take(c) for name, c in self.columns().items()})
+        taken = {name: take(column) for name, column in self.columns().items()}
+        return Records(**taken, shapes=self.shapes)
+
+
+COLUMNS = tuple(f.name for f in fields(Records) if f.name != "shapes")
 
 
 def concatenate(parts: Sequence[Records]) -> Records:
@@ -107,7 +113,9 @@ def concatenate(parts: Sequence[Records]) -> Records:
 
         return Mapped(read, places)
 
-    return Records(**{f.name: join(f.name) for f in fields(Records)})
+    known = [part.shapes for part in parts if part.shapes is not None]
+    shapes = frozenset().union(*known) if len(known) == len(parts) else None
+    return Records(**{name: join(name) for name in COLUMNS}, shapes=shapes)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ patients known. joint: both, as sites 0 and 1 (Wang et al., 2020).
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -202,9 +203,7 @@ def _known(split: str, known: Sequence[str], dataset: str) -> None:
 
 
 def _at_site(records, site: int):
-    return records.__class__(
-        **{**records.columns(), "sites": np.full(len(records), site, np.int32)}
-    )
+    return replace(records, sites=np.full(len(records), site, np.int32))
 
 
 def _class_files(source: Path, folders: Sequence[str]) -> tuple[list, np.ndarray, list]:

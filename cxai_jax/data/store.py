@@ -63,10 +63,11 @@ def build(
     skipped = [list(item) for item in (*plan.left_out, *plan.unlisted)]
     with_masks = any(source.lung_mask for source in plan.sources)
     encode = functools.partial(
-        _encode, channels=channels, side=side, with_mask=with_masks
+        _encode, channels=channels, side=side, with_mask=with_masks, crop=plan.crop
     )
     oddities = Counter()
-    rows = []  # (source, file digest, pixel digest, thumbnail) of every stored image.
+    rows = []  # (source, file digest, pixel digest, shape) of every stored image.
+    thumbnails = np.empty((len(plan.sources), leakage.SIDE, leakage.SIDE), np.uint8)
 
     def examples(split):
         sources = [s for s in plan.sources if s.split == split]
@@ -81,11 +82,12 @@ def build(
                     raise ValueError(f"{result}; or pass --skip_bad")
                 skipped.append([source.name, result])
                 continue
-            example, animated, odd, *digests = result
+            example, animated, odd, *described, thumbnail = result
             if animated:
                 skipped.append([source.name, "all frames but the first"])
             oddities.update(odd)
-            rows.append((source, *digests))
+            thumbnails[len(rows)] = thumbnail
+            rows.append((source, *described))
             yield len(rows), example
         if len(rows) == before:
             raise ValueError(f"no image of the split {split!r} can be read: {result}")
@@ -111,7 +113,8 @@ def build(
                 data_dir=scratch,
             )
             builder.download_and_prepare()
-        summary = _summary(plan, rows, skipped) | {"oddities": dict(oddities)}
+        summary = _summary(plan, rows, thumbnails[: len(rows)], skipped)
+        summary["oddities"] = dict(oddities)
         _check_kept(plan, summary["counts"])
         written = Path(builder.data_dir)
         _write_index(written / "index.csv", [row[0] for row in rows])
@@ -166,6 +169,7 @@ def load(
             f"{directory} is damaged ({error}); prepare the data set again"
         ) from None
     with_masks = "lung_mask" in builder.info.features
+    shapes = summary.get("shapes", {})  # Earlier versions did not write them.
     splits = {}
     for key in summary["counts"]:
         rows = [row for row in index if row["split"] == key]
@@ -184,6 +188,7 @@ def load(
             patients=np.array([row["patient"] for row in rows], str),
             names=np.array([row["name"] for row in rows], str),
             lung_masks=Mapped(_decode_mask, source) if with_masks else None,
+            shapes=frozenset(map(tuple, shapes[key])) if key in shapes else None,
         )
     return Dataset(
         name=summary["name"],
@@ -264,10 +269,20 @@ def _encode(group: Sequence[Source], *, channels: int, **options) -> list[tuple]
 
 
 def _stored(
-    source: Source, image: np.ndarray, of_file: tuple, *, side, with_mask: bool
+    source: Source,
+    image: np.ndarray,
+    of_file: tuple,
+    *,
+    side: int | None,
+    with_mask: bool,
+    crop: bool,
 ) -> tuple:
-    """(example, is animated, oddities, file digest, pixel digest, thumbnail)."""
-    shape, stored = image.shape, transforms.as_stored(image, side)
+    """(example, is animated, oddities, file digest, pixel digest, shape, thumbnail)."""
+    shape = image.shape
+    if source.box:
+        body = source.box.part(image)
+        image = body if crop else image
+    stored = transforms.as_stored(image, side)
     png = transforms.encode_png(stored)
     mask = _encode_mask(source, shape, stored, side) if with_mask else None
     example = {
@@ -283,6 +298,7 @@ def _stored(
         example,
         *of_file,
         leakage.pixel_digest(stored),
+        stored.shape,
         leakage.thumbnail(stored),
     )
 
@@ -314,9 +330,10 @@ def _decode_mask(record: dict) -> np.ndarray | None:
     return (transforms.decode_png(record["lung_mask"])[..., 0] > 127).astype(np.uint8)
 
 
-def _summary(plan: Plan, rows: list, skipped: list) -> dict:
-    sources, files, pixels, thumbnails = zip(*rows, strict=True)
+def _summary(plan: Plan, rows: list, thumbnails: np.ndarray, skipped: list) -> dict:
+    sources, files, pixels, _ = zip(*rows, strict=True)
     splits = [s.split for s in sources]
+    present = [split for split in SPLITS if split in splits]
     names, labels = [s.name for s in sources], [s.label for s in sources]
     patients = [s.patient for s in sources]
     found = Counter(zip(splits, labels, strict=True))
@@ -328,13 +345,14 @@ def _summary(plan: Plan, rows: list, skipped: list) -> dict:
         "site_names": list(plan.site_names),
         "positive": plan.positive,
         "counts": {
-            split: {c: found[split, k] for k, c in enumerate(plan.class_names)}
-            for split in SPLITS
-            if split in splits
+            s: {c: found[s, k] for k, c in enumerate(plan.class_names)} for s in present
+        },
+        "shapes": {
+            s: sorted({row[3] for row in rows if row[0].split == s}) for s in present
         },
         "fingerprint": fingerprint(splits, names, labels, pixels),
         "leakage": leakage.examine(
-            splits, names, labels, patients, files, pixels, np.stack(thumbnails)
+            splits, names, labels, patients, files, pixels, thumbnails
         ),
         "skipped": skipped,
     }

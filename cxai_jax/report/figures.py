@@ -53,10 +53,16 @@ def to_svg(figure: Figure, description: str) -> str:
     )
 
 
-def save(figure: Figure, path) -> None:
-    """Writes the figure on white; the suffix chooses the format."""
+def save(figure: Figure, path, kind: str | None = None) -> None:
+    """Writes the figure on white, into a path or a file object.
+
+    Args:
+      figure: what is drawn.
+      path: its suffix chooses the format,
+      kind: or this does: png, jpeg, ...
+    """
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=200, facecolor="white")
+        figure.savefig(path, dpi=200, facecolor="white", format=kind)
 
 
 def roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:

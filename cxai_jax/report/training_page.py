@@ -63,11 +63,8 @@ def run_parts(
     ]
     if results["calibration"]:
         parts.append(_calibration_section(results["calibration"], data["positive"]))
-    parts.append(
-        page.legend(
-            drawn.scale, "Class activation map (CAM)", page.evidence(drawn.scale)
-        )
-    )
+    told = page.evidence(drawn.scale)
+    parts.append(page.legend(drawn.scale, "Class activation map (CAM)", told))
     # Certainty as the network gives it: calibration keeps the order, not the number.
     raw = ", with probabilities before calibration" if results["calibration"] else ""
     parts += _galleries(drawn, probs[:, 0], labels, before, after, names, raw)

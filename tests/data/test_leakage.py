@@ -97,7 +97,35 @@ def test_correlation_matches_float64_and_chunks_do_not_matter(monkeypatch):
         monkeypatch.setattr(leakage, "CHUNK", chunk)
         pairs, best = leakage.near_pairs(first, second, 0.9)
         np.testing.assert_array_equal(pairs, expected)
-        np.testing.assert_allclose(best, r.max(0), atol=1e-5)
+        assert best.argmax() == 4 and (best <= r.max(0) + 1e-5).all()
+        np.testing.assert_allclose(best[4], r[:, 4].max(), atol=1e-5)
+
+
+def smooth(count, cells, seed):
+    """Thumbnails of few details, as pictures of bodies are: uint8 [count, 64, 64]."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (count, cells, cells))
+    places = np.linspace(0, cells - 1, leakage.SIDE)
+    weights = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(cells)))
+    return np.round(weights @ coarse @ weights.T).astype(np.uint8)
+
+
+@pytest.mark.parametrize("cells", [2, 5, 24])
+@pytest.mark.parametrize("few", [0, 50, 10**9])
+def test_no_pair_is_ruled_out_wrongly(cells, few, monkeypatch):
+    monkeypatch.setattr(leakage, "CHUNK", 16)
+    monkeypatch.setattr(leakage, "FEW", few)
+    first, second = smooth(60, cells, 3), smooth(50, cells, 4)
+    second[7] = 0.9 * first[11]
+    r = np.corrcoef(first.reshape(60, -1), second.reshape(50, -1))[:60, 60:]
+    pairs, best = leakage.near_pairs(first, second)
+    expected = np.argwhere(r > leakage.THRESHOLD)
+    assert sorted(pairs.tolist()) == expected.tolist() and [11, 7] in pairs.tolist()
+    np.testing.assert_array_equal(best > leakage.SIMILAR, r.max(0) > leakage.SIMILAR)
+    rows, columns = leakage._standardise(first), leakage._standardise(second)
+    bounds = leakage._bounds(rows) @ leakage._bounds(columns).T
+    assert (bounds >= r - 1e-5).all()
+    if cells == 5:  # The point of it: most pairs need no product of whole thumbnails.
+        assert np.mean(bounds > leakage.SIMILAR - 1e-4) < 0.05
 
 
 def test_constant_images_correlate_with_nothing_but_equal_pixels_count():

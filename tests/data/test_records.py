@@ -1,10 +1,12 @@
 """Records: lazy decoding, subsets, joining."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from cxai_jax.data import pipeline
 from cxai_jax.data.records import Dataset, Mapped, Records, concatenate, fingerprint
 
 
@@ -59,6 +61,27 @@ def test_concatenate_joins_rows_and_fills_missing_masks():
     assert [int(image[0, 0, 0]) for image in joined.images] == [0, 1, 10, 11, 12]
     assert [mask is None for mask in joined.lung_masks] == [False] * 2 + [True] * 3
     assert joined.lesion_masks is None
+
+
+def test_shapes_are_kept_where_all_parts_know_them():
+    known = replace(records(3), shapes=frozenset({(4, 5, 1)}))
+    wide = replace(records(2, site=1), shapes=frozenset({(4, 9, 1)}))
+    assert known.subset([1]).shapes == known.shapes and records(3).shapes is None
+    assert concatenate([known, wide]).shapes == {(4, 5, 1), (4, 9, 1)}
+    assert concatenate([known, records(2)]).shapes is None
+
+
+def test_a_split_that_does_not_fit_is_not_read_for_its_canvas():
+    shapes = frozenset({(4, 9, 1), (6, 5, 1)})
+
+    def fit(image):
+        return image[:, :7]
+
+    unread = replace(records(3), images=Mapped(None, range(3)), shapes=shapes)
+    assert pipeline.decode_all(unread, fit, 3 * 6 * 7 - 1) == ((6, 7, 1), None)
+    canvas, batch = pipeline.decode_all(replace(records(3), shapes=shapes), fit, 126)
+    assert canvas == (6, 7, 1) and (batch.sizes[:3] == (4, 5)).all()
+    np.testing.assert_array_equal(batch.images[2, :4, :5], records(3).images[2])
 
 
 def test_unequal_columns_are_refused():

@@ -99,7 +99,7 @@ def test_three_colours_train_and_are_scored(tints, tmp_path):
 def test_options_that_a_plan_does_not_take_are_refused(tints, capsys):
     command = ["--dataset=tints", f"--source={tints}", f"--data_dir={tints / 'data'}"]
     for option, owners in (
-        ("split", "site_a, site_b, cxr, folder"),
+        ("split", "site_a, site_b, cxr, covidx_ct, folder"),
         ("split_files", "site_a, site_b"),
         ("name", "folder"),
     ):
@@ -113,7 +113,7 @@ def test_every_data_set_is_declared():
         assert data.spec_of(name) is spec
         assert spec.channels in (1, 3) and callable(spec.load)
     stored = {name for name, spec in data.DATASETS.items() if spec.plan} - {"tints"}
-    assert stored == {"site_a", "site_b", "cxr", "folder"}
+    assert stored == {"site_a", "site_b", "cxr", "covidx_ct", "folder"}
     for name in stored:
         assert data.DATASETS[name][2:] == (1, 256)
 

@@ -42,6 +42,8 @@ def test_scores_mean_deviation_and_paired_difference():
     assert table["a"]["recall"]["seeds"] == pytest.approx([0.5, 1])
     assert table["a"]["precision"]["seeds"] == pytest.approx([1, 1])
     assert table["a"]["auc"]["seeds"] == pytest.approx([1, 1])
+    assert table["a"]["auprc"]["seeds"] == pytest.approx([1, 1])
+    assert table["a"]["balanced_accuracy"]["seeds"] == pytest.approx([0.75, 1])
     assert "difference" not in table["a"]["accuracy"]
     gain = table["b"]["accuracy"]["difference"]
     assert gain["seeds"] == pytest.approx([0.25, 0])
@@ -60,7 +62,9 @@ def test_rates_are_those_of_weighted_counts():
     for row, weight in enumerate(weights):
         y, z = np.repeat(labels, weight), np.repeat(chosen, weight)
         hits = np.sum(y * z)
-        expected = (np.mean(y == z), hits / z.sum(), hits / y.sum())
+        recalls = [np.mean(z[y == label] == label) for label in (0, 1)]
+        expected = (np.mean(y == z), np.mean(recalls))
+        expected += (hits / z.sum(), hits / y.sum())
         expected += (2 * hits / (y.sum() + z.sum()),)
         assert [found[name][row] for name in paired.RATES] == pytest.approx(expected)
 
@@ -287,8 +291,9 @@ def test_a_file_of_another_run_is_refused_in_one_line(tmp_path):
     compare.keep(path, job, results(), predictions(4))
     kept = kept_runs.read(path)
     kept_runs.check(path, kept, wanted(job))
-    moved = jobs(fields=["data.data_dir=elsewhere", "train.log_every_steps=1"])[0]
-    kept_runs.check(path, kept, wanted(moved))
+    spoken = ["data.data_dir=elsewhere", "train.log_every_steps=1"]
+    spoken += ["train.checkpoint_every_minutes=3", "train.on_nan=skip"]
+    kept_runs.check(path, kept, wanted(jobs(fields=spoken)[0]))
     longer = jobs(fields=["train.epochs=41"])[0]
     with pytest.raises(
         ValueError,

@@ -24,7 +24,7 @@ class Options:
 @pytest.mark.parametrize("backbone", [None, "lite0", "resnet18"])
 def test_every_row_is_a_config_that_may_run(recipe, backbone):
     options = Options(recipe=recipe, backbone=backbone, size=112)
-    jobs = tables.plan(tables.ROWS, "site_b", options)
+    jobs = tables.plan(tables.TABLE2, tables.ROWS, options)
     assert [job.system for job in jobs] == [row.name for row in tables.ROWS]
     for job in jobs:
         validate.check_config(job.config)
@@ -48,13 +48,13 @@ def test_every_row_is_a_config_that_may_run(recipe, backbone):
 
 
 def test_every_row_of_the_papers_is_listed_and_an_unknown_one_refused(capsys):
-    tables.main("site_a", "table1", ["--list"])
+    tables.main(tables.TABLE1, ["--list"])
     text = capsys.readouterr().out
     for row in tables.ROWS:
         assert f"  {row.name} ({row.key}): 0 of 5; {row.figures}" in text
     assert "Ours (Full) (ours_full): 0 of 5; Ali et al. 2022: f1 95.87" in text
     with pytest.raises(SystemExit, match="no row 'sep'; known: series_adapter, paral"):
-        tables.main("site_a", "table1", ["--rows=sep"])
+        tables.main(tables.TABLE1, ["--rows=sep"])
 
 
 def kept(folder, job, names, sites, site_names, seed=0):
@@ -75,12 +75,12 @@ def test_a_table_scores_its_own_site_and_says_what_differs(tmp_path, monkeypatch
     both = [f"COVID/{i}.png" for i in range(30)] + b
     sites = np.repeat([0, 1], [30, 20])
     options = Options(recipe="short", size=56, epochs=5.0, backbone="lite0")
-    rows = tables.chosen("sepnorm,baseline,covid_net_single")
-    jobs = tables.plan(rows, "site_b", options)
+    rows = tables.chosen(tables.TABLE2, "sepnorm,baseline,covid_net_single")
+    jobs = tables.plan(tables.TABLE2, rows, options)
     for seed, job in enumerate(jobs[:2]):
         given = kept(tmp_path / "tables", job, both, sites, ["site_a", "site_b"], seed)
     rows_of = ",".join(row.key for row in rows)
-    tables.main("site_b", "table2", [f"--rows={rows_of}", *FEW])
+    tables.main(tables.TABLE2, [f"--rows={rows_of}", *FEW])
     page = (tmp_path / "table2.md").read_text()
     head, _, sepnorm, baseline, covidnet = page.splitlines()[4:9]
     assert head.split(" | ")[-1] == "best test epoch (optimistic) |"

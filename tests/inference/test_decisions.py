@@ -1,9 +1,13 @@
 """Calibrated probabilities, operating points, prediction sets and "inconclusive"."""
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from cxai_jax.inference import decisions
+from cxai_jax.inference import decisions, shown_maps
 from cxai_jax.scoring import calibration
 
 NAMES = ["healthy", "sick"]
@@ -116,3 +120,28 @@ def test_a_run_without_calibration_still_takes_a_threshold():
     np.testing.assert_array_equal(decisions.calibrated(rule, probs), probs)
     assert decisions.decide(rule, probs[0], 0, 1, NAMES) == ("sick", None)
     assert "raw" in rule.text and "30.0 %" in rule.text
+
+
+class Out(NamedTuple):
+    """Of a network that ends before there is a stage before the last."""
+
+    lower: None = None
+
+
+def test_a_map_that_the_network_cannot_give_is_named():
+    config = ConfigDict(
+        {
+            "data": {"image_size": 8},
+            "tta": {"patch": 4},
+            "model": {"name": "lenet"},
+        }
+    )
+    network = SimpleNamespace(apply=lambda v, x, mode, site: (x.mean((1, 2)), Out()))
+    trained = SimpleNamespace(config=config, model=network, variables={})
+    for kind in ("gradcam", "hirescam"):
+        with pytest.raises(ValueError) as told:
+            shown_maps.make_maps(trained, kind, 2)
+        assert str(told.value) == (
+            f"--map={kind} needs the stage before the last, and the network of this "
+            "run, lenet, gives none; take one of cam, gradient, occlusion"
+        )

@@ -33,6 +33,18 @@ SHAPES = {
     "covidnet_ct": (2, 512, 512),
 }
 SITES = jnp.array([1, 0, 1], jnp.int32)  # Of `images`; ignored by plain norms.
+# Tracing one takes seconds; one quick relative of each stays in the default suite.
+LARGE = ("densenet121", "efficientnet_lite1", "efficientnet_lite2")
+LARGE += ("efficientnet_b0", "nasnet_mobile", "resnet101")
+
+
+def each(names):
+    return pytest.mark.parametrize(
+        "name",
+        [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in names],
+    )
+
+
 EVERY = pytest.mark.parametrize("name", models.MODELS)
 RUN = pytest.mark.parametrize(
     "name,norm",
@@ -74,6 +86,7 @@ def initialise(model, x):
     )
 
 
+@functools.cache
 def shapes(name, num_classes=1000, size=64, **fields):
     model = build(name, num_classes, **fields)
     x, site = jnp.zeros((2, size, size, 3)), SITES[:2]
@@ -98,7 +111,7 @@ def test_shapes_and_parameter_count(name):
     assert {p.dtype for p in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", [n for n, s in models.MODELS.items() if s.norms[1:]])
+@each(n for n, s in models.MODELS.items() if s.norms[1:])
 def test_every_site_has_norms_of_its_own_and_nothing_else(name):
     plain, _ = shapes(name)
     per_site, _ = shapes(name, norm="per_site")
@@ -109,7 +122,7 @@ def test_every_site_has_norms_of_its_own_and_nothing_else(name):
         assert variable.shape == own + plain[path].shape, path
 
 
-@pytest.mark.parametrize("name", [n for n, s in models.MODELS.items() if s.rules])
+@each(n for n, s in models.MODELS.items() if s.rules)
 def test_only_head_projection_and_extra_norms_are_fresh(name):
     fields = {"extra_bn": True} if name.startswith("resnet") else {}
     variables, _ = shapes(name, projection=8, **fields)
@@ -135,7 +148,7 @@ def test_names_follow_torchvision():
     assert not any(name.startswith("params/layer1_1/downsample") for name in names)
 
 
-@EVERY
+@each(models.MODELS)
 def test_bfloat16_keeps_float32_logits_maps_and_statistics(name):
     variables, (logits, out) = shapes(name, dtype="bfloat16")
     assert out.features.dtype == out.lower.dtype == jnp.bfloat16

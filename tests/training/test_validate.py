@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 from small import small
 
-from configs import common, cxr, demo, digits, joint, rows, siteA, siteB
+from configs import common, covidx_ct, cxr, demo, digits, joint, rows, siteA, siteB
 from cxai_jax import data
 from cxai_jax import mesh as meshes
 from cxai_jax.config import check_overrides, flatten, load_config_file
@@ -39,8 +39,9 @@ def test_every_config_of_the_project_passes():
     for module in (demo, siteA, siteB, joint):
         for row in rows.ROWS:
             validate.check_config(module.get_config(row))
-    for row in cxr.ROWS:
-        validate.check_config(cxr.get_config(row))
+    for module in (covidx_ct, cxr):
+        for row in module.ROWS:
+            validate.check_config(module.get_config(row))
     for row in set(digits.ROWS) - set(digits.TARGETS):
         for target in digits.TARGETS:
             validate.check_config(digits.get_config(f"{row},{target}"))
