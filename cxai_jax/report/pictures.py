@@ -93,30 +93,31 @@ def overlay(gray: np.ndarray, class_map: np.ndarray, scale: float) -> np.ndarray
     gray = gray.reshape(gray.shape[:2])
     heat = enlarged(class_map * (256 / max(scale, 1e-12)), gray.shape)
     heat = np.clip(heat, 0, 255).astype(np.uint8)
-    drawn = _hazes().take(gray * np.uint16(256) + heat, axis=0)
     passed = sum((heat >= int(256 * level)).view(np.uint8) for level in LEVELS)
     width = max(1, round(min(gray.shape) / 200))
     lowest = _spread(np.minimum, passed, width)
     highest = _spread(np.maximum, passed, width)
     # A line inside each level, a dark rim outside: it is seen on bone as well.
-    line, rim = passed > lowest, passed < highest
-    inks = np.round(colours(np.array((0, *LEVELS))))
-    drawn[line] = inks[passed[line]]
-    drawn[rim] >>= (highest - passed)[rim][:, None]
-    return drawn
+    inks, haze = _inks(), gray * np.uint32(256) + heat
+    ink = np.where(passed > lowest, np.uint32(1 << 16) + passed, haze)
+    rims = np.uint32(inks.shape[1]) * (highest - passed)
+    return inks.reshape(-1, 3).take(ink + rims, axis=0)
 
 
 @functools.cache
-def _hazes() -> np.ndarray:
-    """The colour of 256 gray + heat, both 0..255, without contours: uint8 [65536, 3].
+def _inks() -> np.ndarray:
+    """All colours of an overlay, so that drawing is looking up: uint8 [rims, inks, 3].
 
-    Drawing an image is looking its pixels up.
+    Ink 256 gray + heat, both 0..255, is a haze; those from 65,536 on are the lines of
+    no level, the first level, and so on. A rim of r levels halves an ink r times.
     """
     gray, heat = np.divmod(np.arange(256 * 256), 256)
     alpha = HAZE * np.sqrt(heat / 255) * (heat > FAINT) * (1 - np.square(gray / 255))
     gray, alpha = gray[:, None], alpha[:, None]
     drawn = gray + alpha * (colours(heat / 255) - gray)
-    return np.round(drawn).astype(np.uint8)
+    lines = colours(np.array((0, *LEVELS)))
+    inks = np.round(np.concatenate([drawn, lines])).astype(np.uint8)
+    return np.stack([inks >> rims for rims in range(len(lines))])
 
 
 def _spread(extreme: Callable, values: np.ndarray, times: int) -> np.ndarray:
