@@ -17,8 +17,8 @@ from cxai_jax.types import Batch
 from experiments import digits_picture
 
 B, SIDE = 4, 32
-NAMES = ("target_statistics", "dann", "cycada", "dranet")
-TRANSLATING = ("cycada", "dranet")
+NAMES = ("target_statistics", "dann", "cycada", "calibrator", "dranet")
+TRANSLATING = ("cycada", "calibrator", "dranet")
 
 
 def config(name, **changes):
@@ -32,6 +32,7 @@ def config(name, **changes):
     config.adapt.width = config.adapt.perceptual_width = 2
     config.adapt.blocks = config.adapt.generator_steps = 1
     config.adapt.pool = 8
+    config.model.calibrator = 2 if name == "calibrator" else 0
     config.update_from_flattened_dict(changes)
     return config
 
