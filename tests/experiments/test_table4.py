@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from training_process import Training
 
 from experiments import table4
 
+MODULE = "experiments.table4"
 SHAPES = {"mnist": (28, 28), "usps": (16, 16), "mnist_m": (32, 32, 3)}
 
 
@@ -80,6 +82,36 @@ def test_other_labels_of_the_target_change_nothing(tmp_path, capsys, monkeypatch
     changed = [*arguments(blind, tmp_path, "two"), "adapt.weight=0.5"]
     with pytest.raises(ValueError, match="config.adapt.weight is 0.5 here and 1.0 the"):
         table4.main(changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["cycada", "calibrator", "dranet", "dranet_tri"])
+def test_a_killed_run_ends_as_one_that_nothing_interrupted(row, tmp_path):
+    data_dir = noise(tmp_path / "data")
+
+    def start(name):
+        own = [a for a in arguments(data_dir, tmp_path, name) if "--rows" not in a]
+        small = [f"adapt.{n}=2" for n in ("width", "perceptual_width", "blocks")]
+        more = ["train.epochs=4.0", "train.checkpoint_every_epochs=1.0"]
+        more += ["train.eval_every_epochs=1.0", "adapt.pool=8", *small]
+        return Training(tmp_path / name, *own, *more, f"--rows={row}", module=MODULE)
+
+    start("whole").succeed()
+    name = f"{row}-usps-tiny-seed0"
+    saved = tmp_path / "cut" / name / "checkpoints" / "latest" / "4"
+    cut = start("cut")
+    cut.until(saved.exists, "a checkpoint")
+    cut.process.kill()
+    assert cut.end() != 0
+    start("cut").succeed()
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert rows_of(whole / name) == rows_of(cut / name)
+    one, two = (
+        json.loads((folder / "kept" / f"{name}.json").read_text())
+        for folder in (whole, cut)
+    )
+    assert one["accuracy"] == two["accuracy"] and one["curve"] == two["curve"]
+    assert [step for step, _ in one["curve"]] == [2, 4, 6, 8] and one["step_s"] > 0
 
 
 def kept(row, target, seed, accuracy, **more):
