@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from cxai_jax import host
-from cxai_jax.config import claim_workdir, flatten
+from cxai_jax.config import claim_workdir, flatten, read_config
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import loop
 from cxai_jax.training.results import versions
@@ -117,7 +117,7 @@ def one_run(row, target, words, seed, fields, options) -> None:
     )
     kept.parent.mkdir(parents=True, exist_ok=True)
     names = {"row": row, "target": target, "words": list(words), "seed": seed}
-    write_json(kept, names | summary(results, predictions, step_seconds(workdir)))
+    write_json(kept, names | summary(results, predictions) | logged(workdir))
 
 
 def check_same(file: Path, kept: dict, config) -> None:
@@ -136,17 +136,19 @@ def check_same(file: Path, kept: dict, config) -> None:
         )
 
 
-def step_seconds(workdir: Path) -> float:
-    """Median time of a step, the first log line's, with the compilation, left out."""
-    batch_size = json.loads((workdir / "config.json").read_text())["train"][
-        "batch_size"
-    ]
+def logged(workdir: Path) -> dict:
+    """Median seconds of a step, and the last row of what the training logged.
+
+    The first row's time, which has the start in it, does not count.
+    """
+    batch_size = read_config(workdir).train.batch_size
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    rates = [row["images_per_s"] for row in rows if "images_per_s" in row]
-    return float(np.median([batch_size / rate for rate in rates[1:] or rates]))
+    rows = [row for row in rows if "images_per_s" in row]
+    times = [batch_size / row["images_per_s"] for row in rows[1:] or rows]
+    return {"step_s": float(np.median(times)), "last": rows[-1]}
 
 
-def summary(results: dict, predictions: dict, step_s: float) -> dict:
+def summary(results: dict, predictions: dict) -> dict:
     """What is kept of a run, as JSON values."""
     labels, probs = predictions["labels"], predictions["probs"]
     in_test = np.char.find(predictions["names"], "/test/") >= 0
@@ -170,7 +172,6 @@ def summary(results: dict, predictions: dict, step_s: float) -> dict:
         # Accuracy on all images by step, where it was asked for; it selects nothing.
         "curve": [[row["step"], row[test]["accuracy"]] for row in results["curve"]],
         "steps": results["steps"],
-        "step_s": step_s,
         "time": results["time"],
         "data": results["data"],
         "config": config,
@@ -204,7 +205,9 @@ def table(runs: list[dict], words: Sequence[str]) -> str:
             for source, value in published.items():
                 why = IMPLAUSIBLE.get((row, target, source))
                 if why:
-                    notes.append(f"({len(notes) + 1}) {source} {value}: {why}.")
+                    ours = f"; ours: {spread(own, 'test')}" if own else ""
+                    number = len(notes) + 1
+                    notes.append(f"({number}) {source} {value}: {why}{ours}.")
                 cells.append(f"{source} {value}" + (f" ({len(notes)})" if why else ""))
             if not own and not cells:
                 continue
