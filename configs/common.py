@@ -21,7 +21,9 @@ def get_config() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.name = "resnet50"  # Key of cxai_jax.models.MODELS.
-    model.head = "linear"  # linear | mlp. The CAM of an mlp is Grad-CAM (A11).
+    # linear | mlp, whose class map is Grad-CAM (A11) | flat: linear as well, but with
+    # weights for every cell instead of the pool of all, as LeNet has.
+    model.head = "linear"
     model.extra_bn = False  # BN+ReLU after layer2 and layer4, as published (A10).
     # "", lite0-imagenet (lite1, lite2), a file (.npz .safetensors .pth), hub id.
     model.pretrained = ""
@@ -33,6 +35,9 @@ def get_config() -> ConfigDict:
     # with P_32 twice and without P_33 | all: every term once.
     model.stage4_input = "published"
     model.projection = 0  # Width of the embedding that `contrastive` compares; 0: none.
+    # Channels of a calibrator before the network, which method calibrator trains; 8 as
+    # published, 0: none.
+    model.calibrator = 0
     model.remat = False  # Recompute each block in the backward pass to save memory.
 
     config.data = data = ConfigDict()
@@ -129,14 +134,17 @@ def get_config() -> ConfigDict:
     align.mask_dilate = 1  # Cells of the class map by which that mask grows.
 
     config.adapt = adapt = ConfigDict()
-    adapt.weight = 1.0  # Of the adversary: dann's factor of lambda, cycada, dranet.
+    adapt.weight = 1.0  # Of the adversary; dann's factor of lambda.
     adapt.hidden = (100,)  # Hidden layers of the domain classifier (Ganin et al.).
-    adapt.features_after = 0.5  # cycada: share of all steps before its adversary works.
+    # Share of all steps before the second part of a method begins: cycada's adversary,
+    # the calibrator.
+    adapt.features_after = 0.5
     adapt.lr = 2e-4  # Adam's rate for generators and discriminators (Zhu et al.).
+    adapt.calibrator_lr = 1e-4  # Adam's rate for calibrator and judges (Ye et al.).
     adapt.width = 64  # Channels of their first layers.
     adapt.blocks = 9  # Residual blocks of a ResNet generator.
     adapt.pool = 100  # Generated images kept per discriminator; at least a batch.
-    adapt.cycle_weight = 1.0  # cycada: weight of the cycles, as published for digits.
+    adapt.cycle_weight = 1.0  # CycleGAN's cycles, as CyCADA weighs them for digits.
     adapt.style_weight = 5e3  # dranet: of Gram matrices; 5e4 and 1e4 with MNIST-M.
     adapt.generator_steps = 2  # dranet: steps of E, S and G for one of D.
     # dranet: weights of VGG-19 in torchvision's names (.pth .npz); "": random ones.
@@ -155,7 +163,9 @@ def get_config() -> ConfigDict:
     optim.groups = ()
     optim.momentum = 0.9  # Of Nesterov; beta 1 of adam and adamw.
     optim.weight_decay = 1e-4  # L2 on all parameters, norms included; see name.
-    optim.schedule = "multistep"  # multistep | cosine | constant.
+    # multistep | cosine | constant | inverse: (1 + 10 p)^-0.75 at share p of the
+    # steps (Ganin et al.).
+    optim.schedule = "multistep"
     optim.milestones = (0.4, 0.75, 0.9)  # Shares of all steps: 80, 150, 180 of 200.
     optim.gamma = 0.1  # Factor at each milestone.
     optim.warmup = 0.0  # Share of all steps with a linear warm-up.

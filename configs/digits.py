@@ -5,7 +5,7 @@ python -m cxai_jax.main --config=configs/digits.py:dann,mnist_m,lenet,short
 
 DIR/digits holds mnist.npz and usps.npz; MNIST-M is made from MNIST where it is missing.
 Rows: source_only, snapmix, full (SnapMix + CPE, with voting), target_statistics, dann,
-cycada, dranet, dranet_tri (source, target and the third data set). Targets:
+cycada, calibrator, dranet, dranet_tri (source, target and the third data set). Targets:
 usps, mnist_m. Then, in any order: resnet18, lenet, tiny; short.
 
 Labels are those of MNIST's training images alone, none of the target's (A26).
@@ -55,14 +55,27 @@ def target_statistics(config):
 
 
 def dann(config):
+    """Learning rate and its decay as Ganin et al. (2016) have them."""
     rows.baseline(config)
     config.method = "dann"
+    config.optim.lr_fresh = 0.01
+    config.optim.schedule = "inverse"
+    config.optim.warmup = 0.0
 
 
 def cycada(config):
     rows.baseline(config)
     config.method = "cycada"
     config.adapt.hidden = (500, 500)
+    config.train.batch_size = 100
+
+
+def calibrator(config):
+    """CycleGAN on images, then a calibrator of 8 channels before the classifier."""
+    rows.baseline(config)
+    config.method = "calibrator"
+    config.model.calibrator = 8
+    config.adapt.hidden = (1000, 500)
     config.train.batch_size = 100
 
 
@@ -107,8 +120,9 @@ def resnet18(config):
 
 
 def lenet(config):
-    """32 px: for a CPU."""
+    """32 px: for a CPU. The fully connected layer is LeNet's, for class maps linear."""
     config.model.name = "lenet"
+    config.model.head = "flat"
     config.data.image_size = 32
 
 
@@ -118,9 +132,19 @@ def tiny(config):
 
 
 def short(config):
-    """10,000 images of each domain and a few epochs: minutes on two CPU cores."""
+    """10,000 images of each domain, few epochs, small generators: for two CPU cores.
+
+    DANN gets more of them: the weight of its adversary grows over the run, and the
+    digits have to be learnt before.
+    """
     config.data.digits_images = 10_000
-    config.train.epochs = 4.0
+    config.train.epochs = 10.0 if config.method == "dann" else 4.0
+    if config.method in ("cycada", "calibrator", "dranet"):
+        config.train.batch_size = 32
+        config.train.epochs = 2.0
+        config.train.eval_every_epochs = 0.5  # Where they stood when the budget ended.
+        config.adapt.width = config.adapt.perceptual_width = 8
+        config.adapt.blocks = 2
     config.eval.bootstrap = 200
 
 
@@ -133,6 +157,7 @@ ROWS = {
         target_statistics,
         dann,
         cycada,
+        calibrator,
         dranet,
         dranet_tri,
         usps,

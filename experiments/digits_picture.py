@@ -15,17 +15,19 @@ from PIL import Image
 
 from cxai_jax.config import read_config
 from cxai_jax.data import pipeline
-from cxai_jax.methods import cycada, dranet, translation
+from cxai_jax.methods import calibrator, cycada, dranet, translation
 from cxai_jax.training import run as runs
 
-TRANSLATING = {"cycada": cycada, "dranet": dranet}
+TRANSLATING = {"cycada": cycada, "calibrator": calibrator, "dranet": dranet}
 SHOWN = 12  # Images of each domain.
 ZOOM = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workdir", type=Path, help="of a run of cycada or dranet")
+    parser.add_argument(
+        "workdir", type=Path, help="of a run of cycada, calibrator or dranet"
+    )
     parser.add_argument("out", type=Path, help="PNG file")
     options = parser.parse_args(arguments)
     Image.fromarray(draw(options.workdir)).save(options.out)

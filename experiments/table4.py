@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from cxai_jax import host
-from cxai_jax.config import claim_workdir, flatten
+from cxai_jax.config import claim_workdir, flatten, read_config
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import loop
 from cxai_jax.training.results import versions
@@ -36,6 +36,7 @@ ROWS = (
     "target_statistics",
     "dann",
     "cycada",
+    "calibrator",
     "dranet",
     "dranet_tri",
 )
@@ -115,7 +116,8 @@ def one_run(row, target, words, seed, fields, options) -> None:
         evaluate.predictions_file(workdir, config.data.test)
     )
     kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, summary(row, target, words, seed, results, predictions))
+    names = {"row": row, "target": target, "words": list(words), "seed": seed}
+    write_json(kept, names | summary(results, predictions) | logged(workdir))
 
 
 def check_same(file: Path, kept: dict, config) -> None:
@@ -134,7 +136,19 @@ def check_same(file: Path, kept: dict, config) -> None:
         )
 
 
-def summary(row, target, words, seed, results: dict, predictions: dict) -> dict:
+def logged(workdir: Path) -> dict:
+    """Median seconds of a step, and the last row of what the training logged.
+
+    The first row's time, which has the start in it, does not count.
+    """
+    batch_size = read_config(workdir).train.batch_size
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    rows = [row for row in rows if "images_per_s" in row]
+    times = [batch_size / row["images_per_s"] for row in rows[1:] or rows]
+    return {"step_s": float(np.median(times)), "last": rows[-1]}
+
+
+def summary(results: dict, predictions: dict) -> dict:
     """What is kept of a run, as JSON values."""
     labels, probs = predictions["labels"], predictions["probs"]
     in_test = np.char.find(predictions["names"], "/test/") >= 0
@@ -145,11 +159,8 @@ def summary(row, target, words, seed, results: dict, predictions: dict) -> dict:
         accuracy["voted"] = voted == labels
     config = results["config"]
     config["data"]["data_dir"] = ""  # A place on one machine.
+    test = config["data"]["test"]
     return {
-        "row": row,
-        "target": target,
-        "words": list(words),
-        "seed": seed,
         "accuracy": {
             kind: {
                 "all": float(right.mean()),
@@ -158,6 +169,8 @@ def summary(row, target, words, seed, results: dict, predictions: dict) -> dict:
             for kind, right in accuracy.items()
         },
         "images": {"all": len(labels), "test": int(in_test.sum())},
+        # Accuracy on all images by step, where it was asked for; it selects nothing.
+        "curve": [[row["step"], row[test]["accuracy"]] for row in results["curve"]],
         "steps": results["steps"],
         "time": results["time"],
         "data": results["data"],
@@ -180,7 +193,7 @@ def table(runs: list[dict], words: Sequence[str]) -> str:
     ]
     notes = []
     for target in TARGETS:
-        for row in (*ROWS, "calibrator"):
+        for row in ROWS:
             own = [
                 run
                 for run in runs
@@ -192,7 +205,9 @@ def table(runs: list[dict], words: Sequence[str]) -> str:
             for source, value in published.items():
                 why = IMPLAUSIBLE.get((row, target, source))
                 if why:
-                    notes.append(f"({len(notes) + 1}) {source} {value}: {why}.")
+                    ours = f"; ours: {spread(own, 'test')}" if own else ""
+                    number = len(notes) + 1
+                    notes.append(f"({number}) {source} {value}: {why}{ours}.")
                 cells.append(f"{source} {value}" + (f" ({len(notes)})" if why else ""))
             if not own and not cells:
                 continue

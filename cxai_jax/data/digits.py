@@ -223,7 +223,16 @@ def over_photographs(
       rng: draws photograph and crop.
       digits: uint8 [N, h, w, 1], h and w at most 32; centred.
       photographs: uint8 [h, w, 3], each at least 32 px.
+
+    Raises:
+      ValueError: for digits of more than 32 px.
     """
+    if max(digits.shape[1:3]) > MNIST_M_SIDE:
+        height, width = digits.shape[1:3]
+        raise ValueError(
+            f"MNIST-M is made of digits of at most {MNIST_M_SIDE}x{MNIST_M_SIDE} px; "
+            f"those of mnist.npz have {height}x{width}"
+        )
     margins = [(MNIST_M_SIDE - n) // 2 for n in digits.shape[1:3]]
     rest = [
         (m, MNIST_M_SIDE - n - m)

@@ -10,6 +10,7 @@ import optax
 
 from cxai_jax.methods import (
     averaging,
+    calibrator,
     cycada,
     dann,
     dranet,
@@ -25,6 +26,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "target_statistics": target_statistics.make,
     "dann": dann.make,
     "cycada": cycada.make,
+    "calibrator": calibrator.make,
     "dranet": dranet.make,
     "ms_net": ms_net.make,
 }

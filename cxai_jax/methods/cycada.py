@@ -1,14 +1,13 @@
 """CyCADA (Hoffman et al. 2018): pixels and features of the target, cycle-consistent.
 
-    generators      2 GAN(source->target) + GAN(target->source) + cycle + semantics
-    discriminators  real against a history of generated images, per domain
+    translation     cyclegan.py
     source          cross-entropy of the source: the judge of the semantics
     task            cross-entropy of translated source images, and a feature adversary
 
-with least-squares GAN losses and weights as published for digits. Only `task` is
-scored. Deviations: everything is trained in one step, where the published code trains
-translation, classifier and feature adversary one after the other, so the adversary
-starts late (`adapt.features_after`); the classifiers follow config.optim, not Adam.
+Only `task` is scored. Deviations: everything is trained in one step, where the
+published code trains translation, classifier and feature adversary one after the other,
+so the adversary starts late (`adapt.features_after`); the classifiers follow
+config.optim, not Adam.
 """
 
 import functools
@@ -17,22 +16,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cxai_jax.methods import parts, translation
+from cxai_jax.methods import cyclegan, parts, translation
 from cxai_jax.methods.method import Method, Network
 from cxai_jax.methods.translation import Setting, Several, to_input
-from cxai_jax.models.discriminators import DomainClassifier, PatchDiscriminator
-from cxai_jax.models.generators import ResNetGenerator
-from cxai_jax.models.image_pool import empty_pool, exchange
+from cxai_jax.models.discriminators import DomainClassifier
 from cxai_jax.objectives import adversarial
 from cxai_jax.types import Array, Batch, PyTree
 
-GROUPS = {
-    "classifiers": ("task", "source"),
-    "generators": ("to_target", "to_source"),
-    "discriminators": ("real_target", "real_source"),
-    "domain": ("domain",),
-}
-gan = functools.partial(adversarial.gan, kind="least_squares")
+GROUPS = cyclegan.GROUPS | {"classifiers": ("task", "source"), "domain": ("domain",)}
+translate = cyclegan.translate
 
 
 def make(
@@ -52,13 +44,7 @@ def make(
     parts.check_plain(config)
     translation.check_pictures(config)
     adapt = config.adapt
-    nets = {
-        "to_target": ResNetGenerator(adapt.width, adapt.blocks),
-        "to_source": ResNetGenerator(adapt.width, adapt.blocks),
-        "real_target": PatchDiscriminator(adapt.width),
-        "real_source": PatchDiscriminator(adapt.width),
-        "domain": DomainClassifier(adapt.hidden),
-    }
+    nets = cyclegan.networks(adapt) | {"domain": DomainClassifier(adapt.hidden)}
     optimizers = {
         "classifiers": optimizer,
         "generators": translation.adam(adapt.lr),
@@ -88,10 +74,7 @@ def init(setting: Setting, key: Array, variables: PyTree) -> Several:
     copy = jax.tree.map(jnp.copy, variables)  # The state is donated, leaf by leaf.
     params |= {"task": variables["params"], "source": copy["params"]}
     stats = {"task": variables["batch_stats"], "source": copy["batch_stats"]}
-    pools = {
-        name: empty_pool(setting.config.adapt.pool, side)
-        for name in ("target", "source")
-    }
+    pools = cyclegan.pools(setting.config)
     return translation.first_state(setting, params, stats, pools)
 
 
@@ -105,99 +88,21 @@ def train_step(
     target = translation.pictures(keys[1], batches["target"], config, scale)
     labels = batches["source"].labels
 
-    def part(name, function, *arguments):
-        return jax.grad(functools.partial(function, setting, state), has_aux=True)(
-            translation.of(state, name, setting), *arguments
-        )
-
-    generators, (metrics, fakes) = part(
-        "generators", generator_loss, source, target, labels
+    part = functools.partial(translation.gradient, setting, state)
+    gradients, pools, fakes, metrics = cyclegan.gradients(
+        setting, state, source, target, labels, keys[2:]
     )
-    pools, mixture = {}, {}
-    for number, domain in enumerate(("target", "source")):
-        pools[domain], mixture[domain] = exchange(
-            state.pools[domain], fakes[domain], keys[2 + number]
-        )
-    discriminators, seen = part(
-        "discriminators", discriminator_loss, source, target, mixture
-    )
-    classifiers, (stats, features, said) = part(
+    gradients["classifiers"], (stats, features, said) = part(
         "classifiers", classifier_loss, source, fakes["target"], target, labels
     )
-    domain, told = part("domain", domain_loss, features)
-    gradients = {
-        "generators": generators,
-        "discriminators": discriminators,
-        "classifiers": classifiers,
-        "domain": domain,
-    }
+    gradients["domain"], told = part("domain", domain_loss, features)
     for name, gradient in gradients.items():
         state = translation.updated(setting, state, name, gradient)
-    metrics |= seen | said | told
+    metrics |= said | told
     metrics["gradient_norm"] = parts.norm(gradients)
     metrics["loss"] = metrics["generators"] + metrics["cross_entropy"]
     state = state.replace(batch_stats=stats, pools=pools)
     return translation.finished(state, metrics)
-
-
-def classify(setting: Setting, state: Several, images: Array) -> Array:
-    """Logits of the source classifier, by the statistics of the batch, unchanged."""
-    (logits, _), _ = parts.forward(
-        setting.network.model,
-        state.params["source"],
-        state.batch_stats["source"],
-        to_input(images, setting.network.scale),
-        "train",
-    )
-    return logits
-
-
-def generator_loss(setting, state, params, source, target, labels):
-    """Adversaries, cycles and semantics of both translations."""
-    cycle_weight = setting.config.adapt.cycle_weight
-
-    def go(name, images):
-        return setting.nets[name].apply({"params": params[name]}, images)
-
-    def judged(domain, images):
-        name = f"real_{domain}"
-        scores = setting.nets[name].apply({"params": state.params[name]}, images)
-        return gan(scores, True).mean()
-
-    fake_target, fake_source = go("to_target", source), go("to_source", target)
-    cycle = adversarial.absolute_difference(go("to_source", fake_target), source)
-    cycle += adversarial.absolute_difference(go("to_target", fake_source), target)
-    before = classify(setting, state, source)
-    certain = optax.softmax_cross_entropy_with_integer_labels(before, labels).mean()
-    # The true label of the source, and the judge's verdict on the target.
-    semantic = optax.softmax_cross_entropy_with_integer_labels(
-        classify(setting, state, fake_target), labels
-    ) + adversarial.semantic_consistency(
-        classify(setting, state, fake_source), classify(setting, state, target)
-    )
-    terms = {
-        "fool": 2 * judged("target", fake_target) + judged("source", fake_source),
-        "cycle": cycle_weight * cycle.mean(),
-        # Not before the judge knows its digits.
-        "semantic": jnp.where(certain <= 1, 1.0, 0.0) * semantic.mean(),
-    }
-    loss = sum(terms.values())
-    fakes = {"target": fake_target, "source": fake_source}
-    return loss, (terms | {"generators": loss}, jax.lax.stop_gradient(fakes))
-
-
-def discriminator_loss(setting, state, params, source, target, fakes):
-    """Half of real and half of generated images, for both domains."""
-    loss = 0.0
-    for domain, real in (("source", source), ("target", target)):
-        name = f"real_{domain}"
-
-        def judge(images, name=name):
-            return setting.nets[name].apply({"params": params[name]}, images)
-
-        loss += gan(judge(real), True).mean() / 2
-        loss += gan(judge(fakes[domain]), False).mean() / 2
-    return loss, {"discriminators": loss}
 
 
 def classifier_loss(setting, state, params, source, fake_target, target, labels):
@@ -250,15 +155,3 @@ def tell(setting, params, of_source, of_target):
         setting.nets["domain"].apply({"params": params}, x)
         for x in (of_source, of_target)
     )
-
-
-def translate(setting: Setting, state: Several, source, target) -> dict[str, Array]:
-    """Pictures in -1..1 of both translations, for looking at."""
-    return {
-        "source -> target": setting.nets["to_target"].apply(
-            {"params": state.params["to_target"]}, source
-        ),
-        "target -> source": setting.nets["to_source"].apply(
-            {"params": state.params["to_source"]}, target
-        ),
-    }

@@ -127,9 +127,9 @@ def train_step(
     metrics = {}
 
     def advance(state, name, function, *arguments):
-        loss = functools.partial(function, setting, state)
-        own = translation.of(state, name, setting)
-        gradient, (stats, seen) = jax.grad(loss, has_aux=True)(own, *arguments)
+        gradient, (stats, seen) = translation.gradient(
+            setting, state, name, function, *arguments
+        )
         metrics.update(seen)
         metrics[f"gradient_norm/{name}"] = parts.norm(gradient)
         state = state.replace(batch_stats=state.batch_stats | stats)

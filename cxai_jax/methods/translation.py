@@ -1,5 +1,6 @@
 """What the methods with several networks share: their state, updates and pictures."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -41,12 +42,21 @@ def setting_of(method: Method) -> Setting:
 
 
 def check_pictures(config) -> None:
-    """Raises ValueError for sides that the generators cannot halve twice."""
+    """Raises ValueError for images that the generators cannot take.
+
+    Those of a side that cannot be halved twice, and those normalised one by one, whose
+    gray levels are lost.
+    """
     side = config.data.image_size
     if side % 4 or side < 32:
         raise ValueError(
             f"config.data.image_size={side}: config.method={config.method} translates "
             "images of 32 px or more, a multiple of 4"
+        )
+    if config.data.normalisation == "per_image":
+        raise ValueError(
+            f"config.method={config.method} translates gray levels, which config.data."
+            "normalisation=per_image does away with; set it to model"
         )
 
 
@@ -70,6 +80,16 @@ def to_input(images: Array, scale: Scale) -> Array:
     """Images in -1..1 -> as the scored network takes them."""
     mean, std = (jnp.asarray(x, jnp.float32) for x in scale)
     return ((images + 1) * 127.5 - mean) / std
+
+
+def gradient(setting: Setting, state: Several, name: str, loss, *arguments) -> tuple:
+    """(gradient of one optimiser's parameters, what `loss` returns beside its value).
+
+    Args:
+      loss: (setting, state, parameters, *arguments) -> (value, anything).
+    """
+    at = functools.partial(loss, setting, state)
+    return jax.grad(at, has_aux=True)(of(state, name, setting), *arguments)
 
 
 def updated(setting: Setting, state: Several, name: str, gradient: dict) -> Several:

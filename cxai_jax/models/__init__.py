@@ -14,6 +14,7 @@ from cxai_jax.models import (
 )
 from cxai_jax.models.adapters import ADAPTERS
 from cxai_jax.models.backbone import HEADS, Backbone, BackboneSpec
+from cxai_jax.models.calibrated import Calibrated
 from cxai_jax.models.norm import NORMS
 from cxai_jax.types import Array, PyTree
 
@@ -84,7 +85,7 @@ def build(model_config, num_classes: int, *, num_sites: int = 0) -> Backbone:
     options = {option: model_config[option] for option in spec.options}
     if "adapter" in options:
         options["adapter"] = ADAPTERS[options["adapter"]](num_sites)
-    return spec.build(
+    network = spec.build(
         num_classes,
         head_kind=model_config.head,
         projection=model_config.projection,
@@ -92,6 +93,15 @@ def build(model_config, num_classes: int, *, num_sites: int = 0) -> Backbone:
         remat=model_config.remat,
         norm=NORMS[model_config.norm](num_sites),
         **options,
+    )
+    if not model_config.calibrator:
+        return network
+    return Calibrated(
+        num_classes,
+        network=network,
+        width=model_config.calibrator,
+        mean=spec.mean,
+        std=spec.std,
     )
 
 
@@ -122,8 +132,12 @@ def head_kernel(params: PyTree) -> Array:
     """The kernel [D, K] of the linear head, for `cam.class_activation_map`.
 
     Raises:
-      ValueError: the head is an mlp; its maps are `Outputs.class_maps`.
+      ValueError: the head is mlp or flat; its maps are `Outputs.class_maps`.
     """
-    if "hidden_kernel" in params["head"]:
-        raise ValueError("an mlp head has no class kernel; use Outputs.class_maps")
-    return params["head"]["kernel"]
+    head = params["head"]
+    if "hidden_kernel" in head or head["kernel"].ndim != 2:
+        raise ValueError(
+            "a head of kind mlp or flat has no class kernel [D, K]; use "
+            "Outputs.class_maps"
+        )
+    return head["kernel"]

@@ -12,6 +12,7 @@ site to site need it, all others ignore it.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from cxai_jax.types import Array, Mode, Outputs
 # Grey levels 0..255: what torchvision's ImageNet weights expect.
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
-HEADS = ("linear", "mlp")
+HEADS = ("linear", "mlp", "flat")
 HIDDEN = 512  # Width of the mlp head; the CT paper says "MLP" and no more.
 PROJECTED = 1024  # Width of the projection's hidden layer (A16).
 
@@ -41,16 +42,20 @@ def _uniform(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
 
 
 class Head(nn.Module):
-    """Logits of the global average pool, and the map of every class.
+    """Logits of the last feature map, and the map of every class.
 
-    The map is the features weighted by the gradient of the logit with respect to the
-    pooled features. For the linear head that gradient is the kernel and the map is the
-    class activation map (Zhou et al. 2016); for the mlp it is Grad-CAM at the last
-    stage (Selvaraju et al. 2017), without its ReLU and its factor 1 / (h w).
+    linear and mlp read the global average pool. The map is the features weighted by the
+    gradient of the logit with respect to the pooled features. For the linear head that
+    gradient is the kernel and the map is the class activation map (Zhou et al. 2016);
+    for the mlp it is Grad-CAM at the last stage (Selvaraju et al. 2017), without its
+    ReLU and its factor 1 / (h w). flat has weights for every cell, as the fully
+    connected layer of LeNet, which fixes the image size; a cell of its map is h w times
+    what the cell adds to the logit, so that, as with linear, the mean over the cells is
+    the logit without its bias.
 
     Attributes:
       num_classes: K.
-      kind: "linear" | "mlp" (one hidden layer of HIDDEN, ReLU).
+      kind: "linear" | "mlp" (one hidden layer of HIDDEN, ReLU) | "flat".
     """
 
     num_classes: int
@@ -62,6 +67,14 @@ class Head(nn.Module):
     ) -> tuple[Array, Array]:
         """features [B, h, w, D] -> logits [B, K], class maps [B, h, w, K]."""
         features = features.astype(jnp.float32)
+        if self.kind == "flat":
+            fan_in = math.prod(features.shape[1:])
+            shape = (*features.shape[1:], self.num_classes)
+            kernel = self.param("kernel", _uniform, shape, fan_in)
+            bias = self.param("bias", _uniform, shape[-1:], fan_in)
+            cells = features.shape[1] * features.shape[2]
+            maps = cells * _einsum("bhwd,hwdk->bhwk", features, kernel)
+            return maps.mean((1, 2)) + bias, maps
         pooled = features.mean((1, 2))
         if self.kind == "linear":
             kernel, bias = self._weights("", pooled.shape[-1], self.num_classes)
@@ -113,7 +126,7 @@ class Backbone(nn.Module):
 
     Attributes:
       num_classes: K.
-      head_kind: "linear" | "mlp".
+      head_kind: "linear" | "mlp" | "flat".
       projection: width of the embedding that `project` gives; 0: there is none.
       dtype: type of the trunk's convolutions and activations; parameters are float32.
       remat: recompute each block in the backward pass, to save memory.

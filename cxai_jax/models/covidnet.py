@@ -263,7 +263,7 @@ class CovidNet(Backbone):
 
     @nn.nowrap
     def make_head(self) -> nn.Module:
-        if self.head_kind == "linear":
+        if self.head_kind != "mlp":
             return super().make_head()
         norm = self.norm if self.activated else None
         return QuarterHead(self.num_classes, self.hidden, norm, name="head")

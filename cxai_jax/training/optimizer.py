@@ -22,7 +22,7 @@ OPTIMIZERS: dict[str, Callable] = {
     "adam": lambda config: (decay(config), optax.scale_by_adam(config.momentum)),
     "adamw": lambda config: (optax.scale_by_adam(config.momentum), decay(config)),
 }
-SCHEDULES = ("multistep", "cosine", "constant")
+SCHEDULES = ("multistep", "cosine", "constant", "inverse")
 FROZEN = "frozen"  # The group that no step changes.
 RULE = re.compile(
     r"(?P<expression>.+)=(?P<group>trunk|fresh|frozen"
@@ -62,6 +62,8 @@ def make_schedule(
         main = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup))
     elif name == "constant":
         main = optax.constant_schedule(peak)
+    elif name == "inverse":
+        main = inverse_schedule(peak, total_steps)
     else:
         raise ValueError(
             f"config.optim.schedule is {name!r}; known: {', '.join(SCHEDULES)}"
@@ -72,6 +74,11 @@ def make_schedule(
         ramp = optax.linear_schedule(0.0, peak, warmup)
         return optax.join_schedules([ramp, main], [warmup])
     return lambda step: main(step) * optax.linear_schedule(0.0, 1.0, warmup)(step)
+
+
+def inverse_schedule(peak: float, total_steps: int) -> optax.Schedule:
+    """peak / (1 + 10 p)^0.75 at share p of the steps (Ganin et al. 2016, 5.2.2)."""
+    return lambda step: peak / (1 + 10 * step / total_steps) ** 0.75
 
 
 def parse_groups(rules: Iterable[str]) -> list[tuple[re.Pattern, str]]:

@@ -71,6 +71,17 @@ def _together(config) -> Iterator[str]:
             f"config.method={config.method} has a loss of its own: set config.train."
             "class_weights=none and config.train.label_smoothing=0"
         )
+    if (config.method == "calibrator") != (config.model.calibrator > 0):
+        yield (
+            f"config.method={config.method} with config.model.calibrator="
+            f"{config.model.calibrator}: the method calibrator trains the calibrator, "
+            "and no other does; set both, 8 channels as published, or neither"
+        )
+    if config.model.calibrator and config.model.pretrained:
+        yield (
+            f"config.model.pretrained={config.model.pretrained!r} names the weights of "
+            "a backbone alone, without config.model.calibrator; set it to ''"
+        )
     if config.align.weight > 0 and len(config.align.maps) < 2:
         yield (
             f"config.align.maps is {tuple(config.align.maps)}: alignment compares at "

@@ -164,6 +164,14 @@ def test_mnist_m_needs_photographs(tmp_path, monkeypatch):
         digits.load_mnist_m(config(tmp_path))
 
 
+def test_digits_too_large_for_mnist_m_are_refused(tmp_path):
+    big = np.zeros((12, 40, 36), np.uint8)
+    write(tmp_path, "mnist", x_train=big)
+    photograph(tmp_path / "photos")
+    with pytest.raises(ValueError, match="at most 32x32 px; those of mnist.npz have 4"):
+        digits.load_mnist_m(config(tmp_path, photographs=str(tmp_path / "photos")))
+
+
 def test_scikit_image_photographs_are_not_imported():
     if not digits.importlib.util.find_spec("skimage"):
         pytest.skip("scikit-image is not installed")

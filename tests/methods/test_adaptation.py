@@ -17,8 +17,8 @@ from cxai_jax.types import Batch
 from experiments import digits_picture
 
 B, SIDE = 4, 32
-NAMES = ("target_statistics", "dann", "cycada", "dranet")
-TRANSLATING = ("cycada", "dranet")
+NAMES = ("target_statistics", "dann", "cycada", "calibrator", "dranet")
+TRANSLATING = ("cycada", "calibrator", "dranet")
 
 
 def config(name, **changes):
@@ -32,6 +32,9 @@ def config(name, **changes):
     config.adapt.width = config.adapt.perceptual_width = 2
     config.adapt.blocks = config.adapt.generator_steps = 1
     config.adapt.pool = 8
+    if name == "calibrator":
+        config.model.calibrator = 2
+        config.adapt.features_after = 0.0  # Its second phase, where targets count.
     config.update_from_flattened_dict(changes)
     return config
 
@@ -114,12 +117,57 @@ def test_a_step_keeps_the_shape_of_the_state(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRANSLATING)
+@pytest.mark.parametrize("name", ["cycada", "dranet"])
 def test_every_trained_network_moves_and_the_fixed_one_does_not(name):
     before, after, _ = one_step(name)
     for net, params in before.params.items():
         moved = not equal(params, after.params[net])
         assert moved == (net != "perceptual"), net
+
+
+@pytest.mark.slow
+def test_the_calibrator_learns_when_all_else_has_and_stays():
+    """Phase one moves translation and classifiers, phase two calibrator and judges."""
+    method, init = build(config("calibrator", **{"adapt.features_after": 0.5}))
+    first, step = jax.jit(init)(), jax.jit(method.step)
+    late = {"calibrator", "of_pixels", "of_classes"}
+    moved = {}
+    for number in (4, 5):  # Of 10 steps.
+        before = first.replace(step=jnp.asarray(number))
+        after, metrics = step(before, batches(method.streams), jax.random.key(2))
+        same = {n: equal(p, after.params[n]) for n, p in before.params.items()}
+        moved[number] = {name for name in same if not same[name]}
+        kept = equal(
+            (before.batch_stats, before.pools), (after.batch_stats, after.pools)
+        )
+        assert kept == (number == 5)
+        assert (metrics["cycle"] == 0) == (metrics["judges"] > 0) == (number == 5)
+        assert int(after.step) == number + 1
+    assert moved == {4: first.params.keys() - late, 5: late}
+    scored = method.scored(after)
+    assert equal(scored["params"]["network"], first.params["task"])
+    assert equal(scored["params"]["calibrator"], after.params["calibrator"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSLATING)
+def test_a_state_from_a_checkpoint_goes_on_bit_for_bit(name, tmp_path):
+    """Pools, power iterations and all optimisers: four steps, or two and two."""
+    method, init = build(config(name))
+    state, step = jax.jit(init)(), jax.jit(method.step)
+    given, key = batches(method.streams), jax.random.key(2)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for number in range(4):
+        state, metrics = step(state, given, key)
+        if number == 1:
+            checkpoints.save("latest", 2, state, {})
+            checkpoints.wait()
+    other, at, _ = checkpoints.restore("latest", jax.jit(init)())
+    checkpoints.close()
+    assert at == 2
+    for _ in range(2):
+        other, again = step(other, given, key)
+    assert equal(other, state) and equal(again, metrics)
 
 
 @pytest.mark.parametrize("name", TRANSLATING)
@@ -187,6 +235,12 @@ def test_dranet_takes_a_third_domain():
         ("cycada", {"cpe.weight": 1.0}, "no use for config.cpe.weight=1.0; set it to"),
         ("dranet", {"train.accumulate": 2}, "config.train.accumulate=2; set it to 1"),
         ("cycada", {"data.image_size": 30}, "translates images of 32 px or more"),
+        ("calibrator", {"mix.name": "snapmix"}, "no use for config.mix.name='snapmix'"),
+        (
+            "dranet",
+            {"data.normalisation": "per_image"},
+            "translates gray levels, which config.data.normalisation=per_image",
+        ),
     ],
 )
 def test_settings_that_a_method_would_ignore_are_refused(name, changes, message):

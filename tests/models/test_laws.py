@@ -314,11 +314,27 @@ def test_mlp_class_maps_are_grad_cam_through_the_head():
         )
 
 
+def test_a_flat_head_is_linear_in_every_cell():
+    model, x = build("tiny", head="flat"), images(2, 32)
+    variables = initialise(model, x)
+    logits, out = model.apply(variables, x, "eval")
+    head = {
+        k: np.asarray(v, np.float64) for k, v in variables["params"]["head"].items()
+    }
+    features = np.asarray(out.features, np.float64)
+    expected = features.reshape(2, -1) @ head["kernel"].reshape(-1, 3) + head["bias"]
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    mean = out.class_maps.mean((1, 2)) + head["bias"]
+    np.testing.assert_allclose(mean, logits, rtol=1e-5, atol=1e-5)
+
+
 def test_head_kernel_and_input_normalisation():
     variables, _ = shapes("resnet18", 5)
     assert models.head_kernel(variables["params"]).shape == (512, 5)
     with pytest.raises(ValueError, match="Outputs.class_maps"):
         models.head_kernel(shapes("tiny", 5, head="mlp")[0]["params"])
+    with pytest.raises(ValueError, match="mlp or flat has no class kernel"):
+        models.head_kernel(shapes("tiny", 5, head="flat")[0]["params"])
     for name in ("efficientnet_lite0", "efficientnet_lite2"):
         assert models.normalisation(name) == ((127.0,) * 3, (128.0,) * 3)
     assert models.normalisation("nasnet_mobile") == ((127.5,) * 3, (127.5,) * 3)
@@ -336,7 +352,7 @@ def test_head_kernel_and_input_normalisation():
             {"name": "resnet51"},
             "config.model.name is 'resnet51'; known: tiny, lenet, resnet18",
         ),
-        ({"head": "conv"}, "config.model.head is 'conv'; known: linear, mlp"),
+        ({"head": "conv"}, "config.model.head is 'conv'; known: linear, mlp, flat"),
         ({"dtype": "float16"}, "'float16'; known: float32, bfloat16"),
         ({"name": "tiny", "extra_bn": True}, "config.model.extra_bn .* tiny"),
     ],

@@ -76,6 +76,8 @@ def rate_at(optim, schedule, peak, step):
     if schedule == "multistep":
         passed = sum(step >= round(share * STEPS) for share in optim.milestones)
         peak = peak * optim.gamma**passed
+    if schedule == "inverse":
+        peak = peak / (1 + 10 * step / STEPS) ** 0.75
     return peak * min(1.0, step / warmup) if warmup else peak
 
 
@@ -112,7 +114,7 @@ def expected(config, learns):
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.7])
 @pytest.mark.parametrize("warmup", [0.0, 0.2])
-@pytest.mark.parametrize("schedule", ["constant", "multistep", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "multistep", "cosine", "inverse"])
 def test_trajectories_are_those_of_the_formulas(float64, schedule, warmup, clip_norm):
     config = settings(schedule=schedule, warmup=warmup, clip_norm=clip_norm)
     trunk, fresh = (0.02, schedule), (0.1, schedule)

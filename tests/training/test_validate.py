@@ -113,6 +113,22 @@ def test_a_value_that_cannot_be_is_refused(field, value, words):
             ["config.data.target both name 'usps:train'", "are not read"],
         ),
         (
+            {"model.calibrator": 8},
+            ["config.method=guided", "config.model.calibrator=8", "or neither"],
+        ),
+        (
+            {"method": "calibrator"},
+            ["config.method=calibrator", "config.model.calibrator=0", "set both"],
+        ),
+        (
+            {
+                "method": "calibrator",
+                "model.calibrator": 8,
+                "model.pretrained": "w.npz",
+            },
+            ["config.model.pretrained='w.npz'", "without config.model.calibrator"],
+        ),
+        (
             {"train.steps_per_call": 2, "data.residency": "host"},
             ["config.train.steps_per_call=2", "config.data.residency=device"],
         ),
