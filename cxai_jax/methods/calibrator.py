@@ -99,9 +99,9 @@ def init(setting: Setting, key: Array, variables: PyTree) -> Several:
     probabilities = jnp.zeros((1, setting.network.model.num_classes))
     given = {"of_pixels": (image, key), "of_classes": (probabilities,)}
     params = {
-        name: net.init(jax.random.fold_in(key, number), *given.get(name, (image,)))[
-            "params"
-        ]
+        name: translation.first_variables(
+            net, jax.random.fold_in(key, number), *given.get(name, (image,))
+        )["params"]
         for number, (name, net) in enumerate(setting.nets.items())
         if name != "calibrator"
     }

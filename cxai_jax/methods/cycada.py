@@ -66,8 +66,8 @@ def init(setting: Setting, key: Array, variables: PyTree) -> Several:
     image = jnp.zeros((1, side, side, 3))
     logits = jnp.zeros((1, setting.network.model.num_classes))
     params = {
-        name: net.init(
-            jax.random.fold_in(key, number), logits if name == "domain" else image
+        name: translation.first_variables(
+            net, jax.random.fold_in(key, number), logits if name == "domain" else image
         )["params"]
         for number, (name, net) in enumerate(setting.nets.items())
     }

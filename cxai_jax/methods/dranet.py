@@ -107,7 +107,7 @@ def init(setting: Setting, key: Array, variables: PyTree) -> Several:
         if name == "perceptual":
             params[name] = vgg.weights(net, adapt.perceptual, own)
             continue
-        made = net.init(own, *inputs.get(name, (image, False)))
+        made = translation.first_variables(net, own, *inputs.get(name, (image, False)))
         params[name] = made["params"]
         if "batch_stats" in made:
             stats[name] = made["batch_stats"]

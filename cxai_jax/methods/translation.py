@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax import struct
 
 from cxai_jax.data.augment import Scale
@@ -103,6 +104,11 @@ def updated(setting: Setting, state: Several, name: str, gradient: dict) -> Seve
         params=state.params | moved,
         opt_state=state.opt_state | {name: opt_state},
     )
+
+
+def first_variables(net: nn.Module, key: Array, *arguments) -> PyTree:
+    """What a network starts from, in one program instead of one per layer."""
+    return jax.jit(lambda key: net.init(key, *arguments))(key)
 
 
 def first_state(
