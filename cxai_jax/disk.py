@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,21 @@ def explain(error: OSError) -> str:
     path = Path(error.filename or ".")
     free = f"; {_free(path):,} bytes are free there" if code in FULL else ""
     return f"{path}: {(FULL | CLOSED)[code]}{free}"
+
+
+def quiet_callbacks() -> None:
+    """Drops the traceback of a write that fails after orbax has given it up.
+
+    TensorStore then calls back into an event loop that is closed; what failed has been
+    raised as an error before.
+    """
+    other = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            other(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def check(folder: Path) -> None:

@@ -54,6 +54,7 @@ def main(_) -> None:
     from cxai_jax import host
 
     host.keep_freed_memory()
+    disk.quiet_callbacks()
     logging.basicConfig(level=logging.INFO, handlers=[progress.Log()])
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     logging.getLogger("jax").setLevel(logging.WARNING)

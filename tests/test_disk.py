@@ -2,6 +2,8 @@
 
 import errno
 import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,3 +83,12 @@ def test_a_folder_is_checked_before_long_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError):
         disk.check(tmp_path / "none")
+
+
+def test_a_late_callback_of_a_failed_write_is_not_a_traceback(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    disk.quiet_callbacks()
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+    assert [str(one.exc_value) for one in told] == ["another"]

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,24 +27,31 @@ FAST = {
 
 
 class Training:
-    """`python -m cxai_jax.main` on the small config, its output read from a file."""
+    """`python -m cxai_jax.main` on the small config, its output read from a file.
+
+    A pipe carries the output there, which no limit of the process's files cuts short.
+    """
 
     def __init__(self, workdir: Path, *arguments, module="cxai_jax.main", **options):
-        self.log = workdir.with_name(f"{workdir.name}-{time.monotonic_ns()}.log")
+        self.file = tempfile.NamedTemporaryFile(suffix=".log")  # Gone with this object.
+        self.log = Path(self.file.name)
         command = [sys.executable, "-u", "-m", module]
         if module == "cxai_jax.main":
             command += ["--config=tests/faults/short_run.py", f"--workdir={workdir}"]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPO)}
         environment |= FAST | options.pop("env", {})
-        with self.log.open("w") as out:
-            self.process = subprocess.Popen(
-                [*command, *map(str, arguments)],
-                cwd=REPO,
-                env=environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                **options,
-            )
+        self.pipe = subprocess.Popen(
+            ["cat"], stdin=subprocess.PIPE, stdout=self.file, start_new_session=True
+        )
+        self.process = subprocess.Popen(
+            [*command, *map(str, arguments)],
+            cwd=REPO,
+            env=environment,
+            stdout=self.pipe.stdin,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
+        self.pipe.stdin.close()
 
     @property
     def output(self) -> str:
@@ -53,18 +61,28 @@ class Training:
         """Until the output has the pattern; fails where the process ends before."""
         self.until(lambda: re.search(pattern, self.output), pattern)
 
+    def wait_for_checkpoint(self, workdir: Path) -> None:
+        """Until one is whole."""
+        latest = workdir / "checkpoints/latest"
+        self.until(
+            lambda: any(path.name.isdigit() for path in latest.glob("*")),
+            "a checkpoint",
+        )
+
     def until(self, condition, what: str) -> None:
         deadline = time.monotonic() + WAIT_S
         while not condition():
             ended = self.process.poll() is not None
-            if ended and condition():
+            if ended and self.end() is not None and condition():
                 return
             assert not ended and time.monotonic() < deadline, (what, self.output)
             time.sleep(0.005)
 
     def end(self) -> int:
-        """The exit code, once it is over."""
-        return self.process.wait(WAIT_S)
+        """The exit code, once it is over and all of its output is there."""
+        code = self.process.wait(WAIT_S)
+        self.pipe.wait(WAIT_S)
+        return code
 
     def succeed(self) -> "Training":
         assert self.end() == 0, self.output

@@ -17,7 +17,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from cxai_jax import host, progress, signals
+from cxai_jax import disk, host, progress, signals
 from cxai_jax.data import inputs, novelty, pipeline, reading, transforms
 from cxai_jax.data.privacy import pseudonym
 from cxai_jax.inference import bundle
@@ -53,6 +53,7 @@ def run(given: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
       refuse: ends the command, which was given something that cannot be, in one line.
     """
     host.keep_freed_memory()
+    disk.quiet_callbacks()
     logging.getLogger("jax").setLevel(logging.WARNING)
     for noisy in ("absl", "orbax"):  # What orbax logs as an error it raises as well.
         logging.getLogger(noisy).setLevel(logging.CRITICAL)

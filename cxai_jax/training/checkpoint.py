@@ -56,7 +56,8 @@ class Checkpoints:
         folder = Path(workdir).absolute() / "checkpoints"
         self._writes = keep is not None
         self._managers = {
-            name: ocp.CheckpointManager(
+            name: self._listing(
+                ocp.CheckpointManager,
                 folder / name,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=count, cleanup_tmp_directories=True
@@ -165,8 +166,17 @@ class Checkpoints:
         """Steps on disk, newest first."""
         manager = self._managers[kind]
         manager.wait_until_finished()
-        manager.reload()
+        self._listing(manager.reload)
         return sorted(manager.all_steps(), reverse=True)
+
+    def _listing(self, call, *arguments, **options):
+        """`call(...)`, which looks at every step; again where one was just removed."""
+        for _ in range(0 if self._writes else READS):
+            try:
+                return call(*arguments, **options)
+            except FileNotFoundError:  # By the training beside this reader.
+                continue
+        return call(*arguments, **options)
 
     def _about(self, kind: str, step: int) -> dict:
         """The JSON values of a step; raises what orbax does, or ValueError."""

@@ -47,7 +47,12 @@ def training(workdir: Path, *, active: bool = True) -> Iterator[None]:
             )
         file.seek(0)
         file.truncate()
-        file.write(mine)
+        try:
+            file.write(mine)
+            file.flush()
+        except OSError:  # Half a lock would keep everybody out.
+            path.unlink()
+            raise
     done = threading.Event()
     beat = threading.Thread(target=_renew, args=(path, done), daemon=True)
     beat.start()

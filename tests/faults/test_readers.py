@@ -14,12 +14,13 @@ OPENS = 50
 @pytest.mark.slow
 def test_eval_predict_and_fifty_opens_beside_a_training(compiled, reference, tmp_path):
     wanted = template(tmp_path / "nowhere")
-    for name in ("results.json", "training_images.json"):  # Of an earlier end.
-        compiled.mkdir(exist_ok=True)
+    compiled.mkdir(exist_ok=True)
+    ended = ("results.json", "training_images.json", "training_features.npz")
+    for name in ended:  # Of an earlier end.
         shutil.copy(reference / name, compiled / name)
     picture(tmp_path / "image.png")
     training = Training(compiled)
-    training.wait_for("step 2/")
+    training.wait_for_checkpoint(compiled)
     scoring = Training(compiled, "--mode=eval")
     predicting = Training(
         compiled,

@@ -23,7 +23,7 @@ def pair(workdir):
 def test_the_other_ends_and_both_continue(tmp_path, victim):
     workdir = tmp_path / "run"
     hosts = pair(workdir)
-    hosts[0].wait_for("step 2/")
+    hosts[0].wait_for_checkpoint(workdir)
     hosts[victim].process.kill()
     begun = time.monotonic()
     survivor = hosts[1 - victim]

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from cxai_jax.training import lock
@@ -136,4 +137,21 @@ def test_a_reader_looks_again_where_a_training_removed_what_it_listed(
     monkeypatch.setattr(reader, "_read", read)
     assert reader.restore("latest", STATE)[1] == 2
     assert once == [1]
+    reader.close()
+
+
+def test_a_reader_lists_again_where_a_training_removes_steps(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    times = []
+
+    def manager(*arguments, made=ocp.CheckpointManager, **options):
+        times.append(arguments[0].name)
+        if times.count("latest") == 1:  # A step that was listed is gone.
+            raise FileNotFoundError("latest/1")
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(ocp, "CheckpointManager", manager)
+    reader = Checkpoints(tmp_path)
+    assert reader.restore("latest", STATE)[1] == 1
+    assert times == ["latest", "latest", "best"]
     reader.close()

@@ -93,3 +93,19 @@ def test_a_lock_is_renewed(tmp_path, monkeypatch):
 def test_who_does_not_write_takes_no_lock(tmp_path):
     with lock.training(tmp_path / "new", active=False):
         assert not (tmp_path / "new").exists()
+
+
+def test_half_a_lock_is_not_left_behind(tmp_path):
+    program = (
+        "import resource, sys; from pathlib import Path\n"
+        "from cxai_jax.training import lock\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "try:\n"
+        "    with lock.training(Path(sys.argv[1])): pass\n"
+        "except OSError as error:\n"
+        "    print(error.strerror)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "the limit of a file's size is reached" in done.stdout, done.stderr
+    assert taken(tmp_path)
