@@ -1,5 +1,5 @@
 """Shared fixtures. Compilation is what tests spend their time on: programs are cached
-for the session, and LLVM spends less on them than in use."""
+for the session and, but for slow tests, LLVM spends less on them than in use."""
 
 import os
 import shutil
@@ -8,12 +8,14 @@ from pathlib import Path
 import jax
 import pytest
 
-os.environ["XLA_FLAGS"] = (
-    f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
-)
-
 REPO = Path(__file__).parents[1]
 SHARED = REPO.parent / "shared"
+
+
+def pytest_configure(config):
+    if config.option.markexpr == "not slow":
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {flags}"
 
 
 @pytest.fixture(scope="session", autouse=True)
