@@ -89,13 +89,7 @@ def check(path: Path, kept: dict, wanted: dict) -> None:
       kept: what `read` returned.
       wanted: "config" as a dict, "versions" and the data's "fingerprint".
     """
-    now, then = flatten(wanted["config"]), ADDED_FIELDS | flatten(kept["config"])
-    reasons = [
-        f"config.{name} is {_plain(now.get(name))!r} here and "
-        f"{_plain(then.get(name))!r} there"
-        for name in sorted(now.keys() | then.keys())
-        if _plain(now.get(name)) != _plain(then.get(name)) and name not in FREE_FIELDS
-    ]
+    reasons = differences(wanted["config"], kept["config"])
     own, other = (of["versions"]["cxai-jax"] for of in (wanted, kept))
     if own != other:
         reasons.append(f"it is of cxai-jax {other}, this is {own}")
@@ -106,6 +100,17 @@ def check(path: Path, kept: dict, wanted: dict) -> None:
             f"{path} is of another run: {'; '.join(reasons)}. Delete it, or keep the "
             "new runs in another folder"
         )
+
+
+def differences(wanted: dict, kept: dict) -> list[str]:
+    """How two configs differ but for FREE_FIELDS, a field each, in words."""
+    now, then = flatten(wanted), ADDED_FIELDS | flatten(kept)
+    return [
+        f"config.{name} is {_plain(now.get(name))!r} here and "
+        f"{_plain(then.get(name))!r} there"
+        for name in sorted(now.keys() | then.keys())
+        if _plain(now.get(name)) != _plain(then.get(name)) and name not in FREE_FIELDS
+    ]
 
 
 def _plain(value):

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 from cxai_jax import host
-from cxai_jax.config import claim_workdir, flatten, read_config
+from cxai_jax.config import claim_workdir, read_config
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import loop
 from cxai_jax.training.results import versions
 from cxai_jax.voting import rules
 from cxai_jax.writer import write_json
+from experiments import kept_runs
 from experiments.compare import make_config
 
 RESULTS = Path(__file__).parent / "results" / "table4"
@@ -59,8 +60,6 @@ IMPLAUSIBLE = {
         "training on MNIST-M's own labels; others report 52 to 63 (D30)"
     )
 }
-# Fields that change no number of a run.
-FREE = ("data.data_dir", "data.residency", "tta.chunk", "train.log_every_steps")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,17 +121,11 @@ def one_run(row, target, words, seed, fields, options) -> None:
 
 def check_same(file: Path, kept: dict, config) -> None:
     """Raises ValueError if a kept run has another config than the wanted one."""
-    now, then = flatten(json.loads(config.to_json())), flatten(kept["config"])
-    changed = [
-        name
-        for name in sorted(now.keys() & then.keys())
-        if now[name] != then[name] and name not in FREE
-    ]
+    changed = kept_runs.differences(json.loads(config.to_json()), kept["config"])
     if changed:
-        name = changed[0]
         raise ValueError(
-            f"{file} is of another run: config.{name} is {now[name]!r} here and "
-            f"{then[name]!r} there; delete it, or keep new runs under other --results"
+            f"{file} is of another run: {changed[0]}; delete it, or keep new runs "
+            "under other --results"
         )
 
 
