@@ -17,6 +17,7 @@ HEEDED = (signal.SIGTERM, signal.SIGINT)
 CONTINUES = "the same command continues"
 # Called before a process is ended at once: what must not be left behind.
 LAST: list[Callable[[], None]] = []
+_ending = threading.Lock()
 
 
 class Command:
@@ -28,21 +29,23 @@ class Command:
       then: what is to be done next.
       alarm: the socket that the interpreter writes the number of a signal to as soon as
         it arrives, whatever C++ code runs; None in a notebook.
+      heard: the number of a signal that is about to end the process.
     """
 
     place: str | Callable[[], str] | None = None
     then = CONTINUES
     alarm: socket.socket | None = None
+    heard = 0
 
 
 def begin(place: str, then: str = CONTINUES) -> None:
     """From here on signals end this process at once, but within a StopSignal."""
     reader, Command.alarm = socket.socketpair()
     Command.alarm.setblocking(False)
-    Command.place, Command.then = place, then
-    for number in HEEDED:  # In Python's turn nothing is left to be done.
-        signal.signal(number, lambda *_: None)
-    _arm()
+    Command.then = then
+    for number in HEEDED:
+        signal.signal(number, _hear)
+    _move(place)
     threading.Thread(target=_wait, args=(reader,), daemon=True).start()
 
 
@@ -56,33 +59,51 @@ def at_once(place: str | Callable[[], str], then: str | None = None) -> Iterator
         yield
         return
     before = Command.place, Command.then
-    Command.place, Command.then = place, then or Command.then
-    _arm()
+    Command.then = then or Command.then
+    _move(place)
     if StopSignal.listening:
         stop_if_asked(_words(place))
     try:
         yield
     finally:
-        Command.place, Command.then = before
+        Command.then = before[1]
+        _move(before[0])
 
 
-def _arm() -> None:
-    """Again each time: an event loop in between may have taken the socket away."""
-    if threading.current_thread() is threading.main_thread():
-        signal.set_wakeup_fd(Command.alarm.fileno(), warn_on_full_buffer=False)
+def _move(place: str | Callable[[], str] | None) -> None:
+    """Sets the place, and has the alarm rung only where the process may be ended.
+
+    What rings within a StopSignal would be heard late, after it. Set again each time:
+    an event loop in between may have taken the socket away.
+    """
+    Command.place = place
+    if Command.alarm and threading.current_thread() is threading.main_thread():
+        rung = -1 if place is None else Command.alarm.fileno()
+        signal.set_wakeup_fd(rung, warn_on_full_buffer=False)
 
 
 def _wait(reader: socket.socket) -> None:
     """Ends the process once a signal arrives where it may."""
     while received := reader.recv(1):
-        number, place = received[0], Command.place
-        if number not in HEEDED or place is None:
-            continue
-        for last in reversed(LAST):
-            last()
-        name = signal.Signals(number).name
-        print(f"stopped by {name} {_words(place)}; {Command.then}", flush=True)
-        os._exit(128 + number)
+        if received[0] in HEEDED:
+            _end(received[0])
+
+
+def _hear(number, frame) -> None:
+    """Python's own turn: the thread above ends the process, if it is not too late."""
+    Command.heard = number
+
+
+def _end(number: int) -> None:
+    """Ends the process where it may be; the second of two threads does nothing."""
+    place = Command.place
+    if place is None or not _ending.acquire(blocking=False):
+        return
+    for last in reversed(LAST):
+        last()
+    name = signal.Signals(number).name
+    print(f"stopped by {name} {_words(place)}; {Command.then}", flush=True)
+    os._exit(128 + number)
 
 
 def _words(place: str | Callable[[], str]) -> str:
@@ -108,12 +129,15 @@ class StopSignal:
         if _several_hosts():  # There JAX's own preemption service listens.
             return self
         StopSignal.listening = self
-        self._place, Command.place = Command.place, None
+        self._place = Command.place
         for number in HEEDED:
             try:
                 self._before[number] = signal.signal(number, self._ask)
             except ValueError:  # Only the main thread may listen to signals.
                 break
+        if Command.heard:
+            _end(Command.heard)
+        _move(None)
         return self
 
     def __exit__(self, *_):
@@ -122,7 +146,7 @@ class StopSignal:
         StopSignal.listening = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        Command.place = self._place
+        _move(self._place)
 
     def _ask(self, number, frame):
         if self.asked:  # The second time means now.

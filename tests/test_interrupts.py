@@ -31,9 +31,11 @@ def test_a_signal_is_remembered_and_ends_in_order(number, capsys):
     signals.stop_if_asked("here")
 
 
-# Held in C with Python's lock released, as XLA's compiler holds it.
+# Held in C with Python's lock released, as XLA's compiler holds it. With the long
+# switch interval a signal of the StopSignal would be heard after it, if ever it were.
 HELD = """
 import os, signal, sys, threading, time
+sys.setswitchinterval(5)
 from cxai_jax import progress, signals
 signals.begin("at the beginning", "go on")
 signals.LAST.append(lambda: print("released"))
@@ -45,6 +47,7 @@ with signals.StopSignal() as stop:
 with signals.at_once(progress.where), progress.stage("compiling"):
     def send():
         time.sleep(0.2)
+        print("sent")
         os.kill(os.getpid(), signal.NUMBER)
     threading.Thread(target=send).start()
     threading.Thread(target=lambda: (time.sleep(20), os._exit(99)), daemon=True).start()
@@ -63,7 +66,7 @@ def test_at_once_is_at_once_in_c(number):
     )
     assert run.returncode == 128 + number, run
     line = f"stopped by {number.name} while compiling; go on"
-    assert run.stdout.splitlines() == ["compiling", "released", line]
+    assert run.stdout.splitlines() == ["compiling", "sent", "released", line]
     assert run.stderr == ""
 
 
