@@ -78,7 +78,8 @@ def rank_cells(cam: Array, *, grid: int = 28, k: int = 31, patch: int = 8) -> Ar
         np.unique(window_sum_matrix(grid, grid * patch, n), axis=0, return_inverse=True)
         for n in cam.shape[1:]
     )
-    sums = apply_separable(rows, cam, columns)[:, row_of][:, :, column_of]
+    sums = apply_separable(rows, cam, columns)
+    sums = sums[:, row_of.ravel()][:, :, column_of.ravel()]  # NumPy 2.0.0: [n, 1].
     return jax.lax.top_k(sums.reshape(-1, grid * grid), k)[1]
 
 
