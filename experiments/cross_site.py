@@ -41,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0,1,2", help="with commas between")
     parser.add_argument("--recipe", choices=tables.RECIPES, default="ours")
     parser.add_argument("--epochs", type=float)
+    parser.add_argument("--joint_epochs", type=float, help="where both sites train")
     parser.add_argument("--backbone", help="a row such as lite0, or a model's name")
     parser.add_argument("--size", type=int, help="pixels, side of the input")
+    parser.add_argument("--own_size", type=int, help="of COVID-Net and its like")
     parser.add_argument("--set", nargs="*", default=[], help="FIELD=VALUE, for all")
     parser.add_argument("--out", type=Path, default=Path("runs", "cross_site"))
     parser.add_argument("--max_minutes", type=float, help="begin no run after that")
@@ -75,16 +77,13 @@ def plan(options) -> list[compare.Job]:
             for trained, (file, tested) in TRAINED_ON.items():
                 row = known[ROWS[key][trained == "both"]]
                 words = (row.words, tables.recipe(row, options.recipe))
+                given = tables.fields_of(row, options, both=trained == "both")
                 jobs += compare.plan(
                     file,
                     {f"{key} on {trained}": ",".join(filter(None, words))},
                     seeds=[seed],
                     folds=[""],
-                    fields=[
-                        *compare.fields_of(options),
-                        f"data.test={tested}",
-                        *options.set,
-                    ],
+                    fields=[f"data.test={tested}", *given],
                     backbone=tables.backbone(row, options.backbone),
                 )
     return jobs

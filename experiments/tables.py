@@ -3,9 +3,9 @@
 Called by `table1` (site A), `table2` (site B) and `table3` (COVIDx-CT). A row is run
 with its published recipe or with ours, `--recipe`, so that systems can be compared and
 not recipes. With `--train_on=table` rows of sites are trained as in the paper, on both
-sites but for "(single)"; with `--train_on=site` all on the table's own site, which is a
-fifth of the work. Finished runs are small files in results/RUNS/, shared by the tables;
-see `compare`.
+sites but for "(single)"; with `--train_on=site` on the table's own site, which is a
+fifth of the work, but for those that would be another row there. Finished runs are
+small files in results/RUNS/, shared by the tables; see `compare`.
 """
 
 import argparse
@@ -33,6 +33,7 @@ class Row(NamedTuple):
     single: bool = False  # Trained on the table's site alone.
     backbone: str = "any"  # any | resnet | own: what --backbone may put in.
     model: str = ""  # Key of MODELS, where it is not that of the words.
+    joint: bool = False  # On one site alone the same as another row.
 
     @property
     def key(self) -> str:
@@ -61,16 +62,17 @@ OWN_ROWS = (
     Row("SnapMix + CPE", "full"),
     Row("Ours (Full)", "full,tta"),
 )
+BOTH = {"figures": WANG, "backbone": "own", "joint": True}
 ROWS = (
     Row("Series Adapter", "series_adapter", "wang", WANG, backbone="resnet"),
     Row("Parallel Adapter", "parallel_adapter", "wang", WANG, backbone="resnet"),
     Row("MS-Net", "ms_net", "liu", WANG),
     Row("COVID-Net (single)", "covidnet", "wang_covidnet", WANG, True, "own"),
-    Row("COVID-Net (joint)", "covidnet", "wang_covidnet", WANG, backbone="own"),
+    Row("COVID-Net (joint)", "covidnet", "wang_covidnet", **BOTH),
     Row("Redesign (single)", "redesign", "wang", WANG, True, "own"),
-    Row("Redesign (joint)", "redesign", "wang", WANG, backbone="own"),
-    Row("SepNorm", "sepnorm", "wang", WANG, backbone="own"),
-    Row("SepNorm + Contrastive", "sepnorm_contrastive", "wang", WANG, backbone="own"),
+    Row("Redesign (joint)", "redesign", "wang", **BOTH),
+    Row("SepNorm", "sepnorm", "wang", **BOTH),
+    Row("SepNorm + Contrastive", "sepnorm_contrastive", "wang", **BOTH),
     *OWN_ROWS,
 )
 REFERENCE = "Baseline"  # Of the paired differences, where it was run.
@@ -106,8 +108,10 @@ def main(table: Table, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", choices=RECIPES, default="published")
     parser.add_argument("--train_on", choices=("table", "site"), default="table")
     parser.add_argument("--epochs", type=float)
+    parser.add_argument("--joint_epochs", type=float, help="where both sites train")
     parser.add_argument("--backbone", help="a row such as lite0, or a model's name")
     parser.add_argument("--size", type=int, help="pixels, side of the input")
+    parser.add_argument("--own_size", type=int, help="of COVID-Net and its like")
     parser.add_argument("--set", nargs="*", default=[], help="FIELD=VALUE, for all")
     parser.add_argument("--runs", default="tables", help="folder of runs in results/")
     parser.add_argument("--out", type=Path, help="of the workdirs; default runs/RUNS")
@@ -148,15 +152,32 @@ def plan(table: Table, rows: Sequence[Row], options) -> list[compare.Job]:
         job
         for seed in map(int, options.seeds.split(","))
         for row in rows
+        for file in [trained_on(table, row, options.train_on)]
         for job in compare.plan(
-            table.own if row.single or options.train_on == "site" else table.pooled,
+            file,
             {row.name: system(table, row, options.recipe)},
             seeds=[seed],
             folds=compare.fold_names(options.folds),
-            fields=[*compare.fields_of(options), *options.set],
+            fields=fields_of(row, options, both=file == table.pooled),
             backbone=backbone(row, options.backbone),
         )
     ]
+
+
+def trained_on(table: Table, row: Row, wanted: str) -> str:
+    """Config file of a row; `wanted` is table or site."""
+    alone = row.single or (wanted == "site" and not row.joint)
+    return table.own if alone else table.pooled
+
+
+def fields_of(row: Row, options, *, both: bool) -> list[str]:
+    """FIELD=VALUE of the options for a row, trained on both sites or on one."""
+    fields = compare.fields_of(options)
+    if row.backbone == "own" and options.own_size:
+        fields += compare.sized(options.own_size)
+    if both and options.joint_epochs:
+        fields.append(f"train.epochs={options.joint_epochs}")
+    return fields + options.set
 
 
 def system(table: Table, row: Row, name: str) -> str:

@@ -17,6 +17,7 @@ class Options:
     def __init__(self, **given):
         usual = {"seeds": "0", "folds": None, "recipe": "published", "set": []}
         usual |= {"epochs": None, "size": None, "backbone": None, "train_on": "table"}
+        usual |= {"own_size": None, "joint_epochs": None}
         self.__dict__.update(usual | given)
 
 
@@ -45,6 +46,25 @@ def test_every_row_is_a_config_that_may_run(recipe, backbone):
         assert (wang.loss.scores, wang.train.batch_size) == ("sigmoid", 32)
     else:
         assert (wang.optim.name, wang.loss.scores) == ("sgd", "logits")
+
+
+def test_rows_that_need_both_sites_have_them_and_own_networks_a_size_of_their_own():
+    options = Options(recipe="short", size=112, own_size=56, train_on="site")
+    options.epochs, options.joint_epochs = 5.0, 1.5
+    jobs = tables.plan(tables.TABLE2, tables.ROWS, options)
+    found = {job.system: job.config for job in jobs}
+    joint = {name for name, config in found.items() if config.data.name == "joint"}
+    assert joint == {
+        "COVID-Net (joint)",
+        "Redesign (joint)",
+        "SepNorm",
+        "SepNorm + Contrastive",
+    }
+    small = {name for name, config in found.items() if config.data.image_size == 56}
+    assert small == joint | {"COVID-Net (single)", "Redesign (single)"}
+    longer = {name for name, config in found.items() if config.train.epochs == 5}
+    assert longer == set(found) - joint and found["SepNorm"].train.epochs == 1.5
+    assert found["SepNorm"].tta.patch == 2 and found["MS-Net"].data.image_size == 112
 
 
 def test_every_row_of_the_papers_is_listed_and_an_unknown_one_refused(capsys):
