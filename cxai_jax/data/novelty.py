@@ -246,6 +246,6 @@ def foreign(pooled: np.ndarray, known: dict) -> list[str]:
     distance = neighbour_distance(directions(pooled), known["reference"])
     ratio = distance / max(known["threshold"], 1e-12)
     return [
-        f"{FOREIGN} ({one:.1f} times the accepted distance)" if one > 1 else ""
+        f"{FOREIGN} ({one:.2f} times the accepted distance)" if one > 1 else ""
         for one in ratio
     ]

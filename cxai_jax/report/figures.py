@@ -186,7 +186,8 @@ def trajectories(
     """
     with chart(4.4, 3.0 + 0.2 * len(probs)) as (figure, axes):
         for name, values in probs.items():
-            axes.plot(values[:, labels[name]], label=name)
+            short = name if len(name) <= 52 else f"{name[:25]}…{name[-25:]}"
+            axes.plot(values[:, labels[name]], label=short)
         axes.axhspan(0, theta, color=INK, alpha=0.08, linewidth=0)
         axes.set(xlabel="cells removed", ylabel="probability of the first label")
         axes.set_ylim(-0.02, 1.02)

@@ -56,7 +56,7 @@ def run_parts(
     if k:
         votes = rules.votes_for(probs, theta=theta, k=k)
         after, opposing = np.asarray(votes.labels), np.asarray(votes.opposing)
-    drawn = Drawn(predictions, records, names, results["maps"]["scale"])
+    drawn = Drawn(predictions, after, records, names, results["maps"]["scale"])
     parts = [
         page.section("Result", *_result(results)),
         page.section("Charts", _charts(results, predictions, after, log)),
@@ -103,10 +103,13 @@ def run_parts(
 
 
 class Drawn:
-    """The scored images with the class maps of their predicted class, on one scale."""
+    """The scored images with the class maps of their predicted class, on one scale.
 
-    def __init__(self, predictions: dict, records: Records, names, scale: float):
-        self.scale, self._records = scale, records
+    `after` holds the labels after voting.
+    """
+
+    def __init__(self, predictions: dict, after, records: Records, names, scale: float):
+        self.scale, self._records, self._after = scale, records, after
         self._predictions, self._names = predictions, names
         labels = predictions["probs"][:, 0].argmax(1)
         self._maps = pictures.evidence(predictions["class_maps"], labels)
@@ -125,6 +128,8 @@ class Drawn:
             f"{self._names[self._predictions['labels'][i]]}, predicted "
             f"{self._names[probs.argmax()]} ({scores.percent(probs.max())})"
         )
+        if self._after[i] != probs.argmax():
+            caption += f", after voting {self._names[self._after[i]]}"
         return page.pictured(*self.pair(i, PICTURE), caption, self.warning(i))
 
     def warning(self, i: int) -> str:

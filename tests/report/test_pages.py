@@ -234,6 +234,9 @@ def test_a_run_page_has_its_parts(run_page, finished):
     flips = finished[0]["metrics"]["flips"]
     listed = run_page.split(">Flipped image")[1].split("</table>")[0]
     assert flips and listed.count('<th scope="row">') == len(flips)
+    gallery = run_page.split("<h2>Flipped by voting</h2>")[1].split("</section>")[0]
+    shown = gallery.count("<figcaption>")
+    assert shown == gallery.count(", after voting healthy</figcaption>") > 0
     rows = [row for row in page.all("tr") if "data-tags" in row]
     assert len(rows) == len(finished[1]["labels"])
     wrong = (finished[1]["probs"][:, 0].argmax(1) != finished[1]["labels"]).sum()
