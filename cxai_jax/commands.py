@@ -29,7 +29,7 @@ def launched(module: str) -> int:
     try:
         for number in signals.HEEDED:
             signal.signal(number, _interrupt)
-        signals.Command.place = None  # What is half written is to be cleared away.
+        signals.move(None)  # What is half written is to be cleared away.
         return command.main()
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT

@@ -45,7 +45,7 @@ def begin(place: str, then: str = CONTINUES) -> None:
     Command.then = then
     for number in HEEDED:
         signal.signal(number, _hear)
-    _move(place)
+    move(place)
     threading.Thread(target=_wait, args=(reader,), daemon=True).start()
 
 
@@ -60,26 +60,30 @@ def at_once(place: str | Callable[[], str], then: str | None = None) -> Iterator
         return
     before = Command.place, Command.then
     Command.then = then or Command.then
-    _move(place)
+    move(place)
     if StopSignal.listening:
         stop_if_asked(_words(place))
     try:
         yield
     finally:
         Command.then = before[1]
-        _move(before[0])
+        move(before[0])
 
 
-def _move(place: str | Callable[[], str] | None) -> None:
-    """Sets the place, and has the alarm rung only where the process may be ended.
+def move(place: str | Callable[[], str] | None) -> None:
+    """Sets where this process may be ended at once; None: nowhere.
 
-    What rings within a StopSignal would be heard late, after it. Set again each time:
-    an event loop in between may have taken the socket away.
+    The alarm rings only where it may: what rang elsewhere would be heard late. It is
+    set again each time, for an event loop in between may have taken it away.
     """
-    Command.place = place
     if Command.alarm and threading.current_thread() is threading.main_thread():
         rung = -1 if place is None else Command.alarm.fileno()
         signal.set_wakeup_fd(rung, warn_on_full_buffer=False)
+    if place is not None:
+        Command.place = place
+    if Command.heard:  # Before the alarm was set, or not yet by the thread behind it.
+        _end(Command.heard)
+    Command.place = place
 
 
 def _wait(reader: socket.socket) -> None:
@@ -90,7 +94,7 @@ def _wait(reader: socket.socket) -> None:
 
 
 def _hear(number, frame) -> None:
-    """Python's own turn: the thread above ends the process, if it is not too late."""
+    """Python's own turn: the thread above ends the process, or `move` if it is late."""
     Command.heard = number
 
 
@@ -135,9 +139,7 @@ class StopSignal:
                 self._before[number] = signal.signal(number, self._ask)
             except ValueError:  # Only the main thread may listen to signals.
                 break
-        if Command.heard:
-            _end(Command.heard)
-        _move(None)
+        move(None)
         return self
 
     def __exit__(self, *_):
@@ -146,7 +148,7 @@ class StopSignal:
         StopSignal.listening = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        _move(self._place)
+        move(self._place)
 
     def _ask(self, number, frame):
         if self.asked:  # The second time means now.

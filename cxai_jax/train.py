@@ -102,7 +102,7 @@ def perform(config, workdir: Path) -> str:
     from cxai_jax.training.loop import score, train
 
     progress.Shown.quiet = jax.process_index() != 0
-    signals.Command.place = progress.where
+    signals.move(progress.where)
     if MODE.value == "check":
         with signals.at_once(progress.where):
             return check.check(config, workdir)

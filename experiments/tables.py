@@ -30,10 +30,9 @@ class Row(NamedTuple):
     words: str  # Rows of the table's config.
     published: str = ""  # Words of its published recipe; "": A20, the defaults.
     figures: str = OURS  # Where the printed figures come from.
-    single: bool = False  # Trained on the table's site alone.
+    sites: str = "any"  # any | one | both: on how many it is trained.
     backbone: str = "any"  # any | resnet | own: what --backbone may put in.
     model: str = ""  # Key of MODELS, where it is not that of the words.
-    joint: bool = False  # On one site alone the same as another row.
 
     @property
     def key(self) -> str:
@@ -62,14 +61,14 @@ OWN_ROWS = (
     Row("SnapMix + CPE", "full"),
     Row("Ours (Full)", "full,tta"),
 )
-BOTH = {"figures": WANG, "backbone": "own", "joint": True}
+BOTH = {"figures": WANG, "sites": "both", "backbone": "own"}
 ROWS = (
     Row("Series Adapter", "series_adapter", "wang", WANG, backbone="resnet"),
     Row("Parallel Adapter", "parallel_adapter", "wang", WANG, backbone="resnet"),
     Row("MS-Net", "ms_net", "liu", WANG),
-    Row("COVID-Net (single)", "covidnet", "wang_covidnet", WANG, True, "own"),
+    Row("COVID-Net (single)", "covidnet", "wang_covidnet", WANG, "one", "own"),
     Row("COVID-Net (joint)", "covidnet", "wang_covidnet", **BOTH),
-    Row("Redesign (single)", "redesign", "wang", WANG, True, "own"),
+    Row("Redesign (single)", "redesign", "wang", WANG, "one", "own"),
     Row("Redesign (joint)", "redesign", "wang", **BOTH),
     Row("SepNorm", "sepnorm", "wang", **BOTH),
     Row("SepNorm + Contrastive", "sepnorm_contrastive", "wang", **BOTH),
@@ -165,9 +164,10 @@ def plan(table: Table, rows: Sequence[Row], options) -> list[compare.Job]:
 
 
 def trained_on(table: Table, row: Row, wanted: str) -> str:
-    """Config file of a row; `wanted` is table or site."""
-    alone = row.single or (wanted == "site" and not row.joint)
-    return table.own if alone else table.pooled
+    """Config file of a row; `wanted`, table or site, where the row has no say."""
+    usual = {"table": "both", "site": "one"}[wanted]
+    sites = usual if row.sites == "any" else row.sites
+    return table.own if sites == "one" else table.pooled
 
 
 def fields_of(row: Row, options, *, both: bool) -> list[str]:

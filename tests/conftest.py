@@ -62,3 +62,32 @@ def float64():
         context = jax.experimental.enable_x64
     with context(True):
         yield
+
+
+@pytest.fixture
+def dicom(tmp_path):
+    """Writes a DICOM file of int16 pixels [F, H, W] and returns its path."""
+    pydicom = pytest.importorskip("pydicom")
+
+    def write(pixels=None, syntax=None, **fields):
+        data = pydicom.Dataset()
+        data.file_meta = pydicom.dataset.FileMetaDataset()
+        plain = pydicom.uid.ExplicitVRLittleEndian
+        data.file_meta.TransferSyntaxUID = syntax or plain
+        data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2"
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = "1.3"
+        data.PatientID, data.SeriesInstanceUID, data.Modality = "ann", "1.4", "CT"
+        if pixels is not None:
+            data.PixelData = pixels.astype("<i2").tobytes()
+            data.NumberOfFrames, data.Rows, data.Columns = pixels.shape
+            data.BitsAllocated = data.BitsStored = 16
+            data.HighBit, data.PixelRepresentation, data.SamplesPerPixel = 15, 1, 1
+            data.PhotometricInterpretation = "MONOCHROME2"
+            data.RescaleSlope, data.RescaleIntercept = 2, -1000
+        for name, value in fields.items():
+            setattr(data, name, value)
+        path = tmp_path / "scan"
+        data.save_as(path, enforce_file_format=True)
+        return path
+
+    return write

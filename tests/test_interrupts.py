@@ -70,6 +70,27 @@ def test_at_once_is_at_once_in_c(number):
     assert run.stderr == ""
 
 
+EARLY = """
+import os, signal, sys
+sys.setswitchinterval(5)
+from cxai_jax import signals
+signals.begin("at the beginning", "go on")
+os.kill(os.getpid(), signal.NUMBER)
+signals.ENTER
+print("lost")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("enter", ["StopSignal().__enter__()", "move(None)"])
+def test_a_signal_just_before_what_could_be_lost_begins_is_not_lost(number, enter):
+    text = EARLY.replace("NUMBER", number.name).replace("ENTER", enter)
+    run = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert run.returncode == 128 + number, run
+    assert run.stdout == f"stopped by {number.name} at the beginning; go on\n"
+    assert run.stderr == ""
+
+
 def test_a_notebook_is_not_ended_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -7,12 +7,10 @@ import numpy as np
 
 from cxai_jax.data.privacy import pseudonym
 from cxai_jax.data.records import Records
-from cxai_jax.report import figures, page, pictures, scores
+from cxai_jax.report import figures, gallery, page, pictures, scores
 from cxai_jax.scoring import explanations, metrics
 from cxai_jax.voting import rules
 
-EXAMPLES = 4  # Pictures per kind: certain and right of a class, wrong, flipped.
-PICTURE = 256  # Pixels high.
 THUMBNAIL = 72
 
 
@@ -56,7 +54,7 @@ def run_parts(
     if k:
         votes = rules.votes_for(probs, theta=theta, k=k)
         after, opposing = np.asarray(votes.labels), np.asarray(votes.opposing)
-    drawn = Drawn(predictions, after, records, names, results["maps"]["scale"])
+    drawn = gallery.Drawn(predictions, after, records, names, results["maps"]["scale"])
     parts = [
         page.section("Result", *_result(results)),
         page.section("Charts", _charts(results, predictions, after, log)),
@@ -67,7 +65,7 @@ def run_parts(
     parts.append(page.legend(drawn.scale, "Class activation map (CAM)", told))
     # Certainty as the network gives it: calibration keeps the order, not the number.
     raw = ", with probabilities before calibration" if results["calibration"] else ""
-    parts += _galleries(drawn, probs[:, 0], labels, before, after, names, raw)
+    parts += gallery.galleries(drawn, probs[:, 0], labels, before, after, names, raw)
     if k:
         parts.append(
             _voting_section(predictions, before, after, opposing, theta, names)
@@ -100,50 +98,6 @@ def run_parts(
     about = {key: results[key] for key in ("device", "versions", "selected", "config")}
     parts.append(page.details("Config, versions and device", about))
     return parts
-
-
-class Drawn:
-    """The scored images with the class maps of their predicted class, on one scale.
-
-    `after` holds the labels after voting.
-    """
-
-    def __init__(self, predictions: dict, after, records: Records, names, scale: float):
-        self.scale, self._records, self._after = scale, records, after
-        self._predictions, self._names = predictions, names
-        labels = predictions["probs"][:, 0].argmax(1)
-        self._maps = pictures.evidence(predictions["class_maps"], labels)
-
-    def pair(self, i: int, height: int) -> tuple[bytes, bytes]:
-        """JPEG files of image and overlay, at most `height` pixels high."""
-        gray = pictures.shrink(self._records.images[int(i)][..., 0], height)
-        overlaid = pictures.overlay(gray, self._maps[i], self.scale)
-        return pictures.encode(gray, "JPEG"), pictures.encode(overlaid, "JPEG")
-
-    def figure(self, i: int) -> str:
-        """The picture with its caption, and a warning where the map looks elsewhere."""
-        probs = self._predictions["probs"][i, 0]
-        caption = (
-            f"{self._predictions['names'][i]}: true "
-            f"{self._names[self._predictions['labels'][i]]}, predicted "
-            f"{self._names[probs.argmax()]} ({scores.percent(probs.max())})"
-        )
-        if self._after[i] != probs.argmax():
-            caption += f", after voting {self._names[self._after[i]]}"
-        return page.pictured(*self.pair(i, PICTURE), caption, self.warning(i))
-
-    def warning(self, i: int) -> str:
-        """Where most of the evidence lies, if not where it should; else ""."""
-        masks, i = self._records.lung_masks, int(i)
-        lungs = None if masks is None else masks[i]
-        if lungs is not None:
-            share = pictures.share_outside(
-                self._maps[i], np.asarray(lungs, bool), self.scale
-            )
-            return page.looks_outside(share, "the lungs")
-        inside = pictures.body(self._records.images[i][..., 0])
-        share = pictures.share_outside(self._maps[i], inside, self.scale)
-        return page.looks_outside(share, "the body")
 
 
 def _result(results: dict) -> list[str]:
@@ -233,31 +187,6 @@ def _charts(results, predictions, after, log) -> str:
     return f'<div class="charts">{drawn}</div>'
 
 
-def _galleries(drawn: Drawn, probs, labels, before, after, names, raw) -> list[str]:
-    """Certain and right of each class, wrong by certainty, flipped by voting."""
-    by_certainty = np.argsort(-probs.max(1), kind="stable")
-    right = (before == labels)[by_certainty]
-    kinds = {
-        f"Certain and right: {name}": by_certainty[
-            right & (labels[by_certainty] == label)
-        ]
-        for label, name in enumerate(names)
-    }
-    kinds["Wrong, the most certain first"] = by_certainty[~right]
-    kinds["Flipped by voting"] = np.flatnonzero(after != before)
-    return [
-        page.section(
-            kind,
-            f"<p>{min(len(rows), EXAMPLES)} of {len(rows)} images{raw}.</p>",
-            '<div class="gallery">',
-            *map(drawn.figure, rows[:EXAMPLES]),
-            "</div>",
-        )
-        for kind, rows in kinds.items()
-        if len(rows)
-    ]
-
-
 def _explanations_section(found: dict, summary: dict, records: Records, names) -> str:
     score = explanations.agreement(found)
     rows = {name: i for i, name in enumerate(records.names)}
@@ -265,7 +194,9 @@ def _explanations_section(found: dict, summary: dict, records: Records, names) -
     scales = [pictures.common_scale(found[name]) for name in explanations.MAPS]
     figure = []
     for i in np.argsort(score):  # The worst first; flat maps (NaN) at the end.
-        gray = pictures.shrink(records.images[rows[found["names"][i]]][..., 0], PICTURE)
+        gray = pictures.shrink(
+            records.images[rows[found["names"][i]]][..., 0], gallery.PICTURE
+        )
         maps = [found[name][i].astype(np.float32) for name in explanations.MAPS]
         agreement = "no agreement defined: a map is flat"
         if np.isfinite(score[i]):

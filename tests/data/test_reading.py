@@ -325,3 +325,14 @@ def test_colour_data_sets_are_read_as_carefully(tmp_path):
     np.testing.assert_array_equal(records.images[0], pixels)
     gray = np.repeat(pixels[..., :1], 3, axis=-1)
     np.testing.assert_array_equal(records.images[1], gray)
+
+
+def test_reading_ahead_keeps_order_and_errors():
+    def read(i):
+        if i == 3:
+            raise ValueError("three")
+        return [i]
+
+    got = list(reading.read_ahead(range(100), read))
+    assert [item for item, _ in got] == list(range(100))
+    assert isinstance(got[3][1], ValueError) and got[50][1] == [50]
