@@ -33,9 +33,7 @@ def test_whatever_is_finished_is_balanced():
 def test_rows_differ_in_the_method_alone():
     def fields(job):
         config = job.config.to_dict()
-        return {
-            k: config[k] for k in ("data", "train", "augment", "tta", "model", "eval")
-        }
+        return {k: config[k] for k in ("data", "train", "augment", "model", "eval")}
 
     first = plan(folds=2)
     fold = [job for job in first if job.fold == "1of2" and job.seed == 0]
@@ -48,7 +46,9 @@ def test_rows_differ_in_the_method_alone():
     assert raw["mixup"].mix.name == "mixup" and raw["mixup"].cpe.weight == 0
     assert raw["cutmix"].mix.name == "cutmix" and raw["cutmix"].cpe.weight == 0
     assert raw["full_raw"].mix.name == "snapmix" and raw["full_raw"].cpe.weight == 1
-    assert "val" not in on_b[0].config.data.fit and on_b[0].config.tta.k == 31
+    assert "val" not in on_b[0].config.data.fit
+    assert [row for row in raw if raw[row].tta.k] == [does_it_work.VOTING]
+    assert raw["full"].tta.k == 31 and raw["full"].tta.patch == 4
 
 
 def test_unknown_names_are_one_line():
