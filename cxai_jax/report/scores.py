@@ -112,12 +112,19 @@ def warnings_of(results: dict) -> list[str]:
             f"prediction sets fitted on fewer than {FEW} are rough guesses."
         )
     every, classes = results["metrics"]["all"], results["data"]["class_names"]
-    low, _ = every["intervals"].get("balanced_accuracy") or (None, None)
-    if defined(low) and low <= 1 / len(classes):
+    low, high = every["intervals"].get("balanced_accuracy") or (None, None)
+    chance = 1 / len(classes)
+    if defined(low) and low <= chance:
+        place = (
+            "is within the interval, so the scores do not show that the network has "
+            "learnt anything."
+            if high >= chance
+            else "lies above the interval: what the network has learnt points the "
+            "wrong way here. See whether the classes were exchanged."
+        )
         told.append(
             f"Balanced accuracy {with_interval(every, 'balanced_accuracy')}: chance, "
-            f"{100 / len(classes):.1f}, is within the interval, so the scores do not "
-            "show that the network has learnt anything."
+            f"{100 * chance:.1f}, {place}"
         )
     told += [
         f"No test image was labelled {name}: its precision is 0/0, given as 0."

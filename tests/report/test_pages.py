@@ -641,3 +641,11 @@ def test_a_score_that_chance_would_reach_says_so(finished):
     ]
     every["intervals"]["balanced_accuracy"] = [0.501, 0.68]
     assert not any("chance" in text for text in scores.warnings_of(results))
+    every |= {"balanced_accuracy": 0.463}
+    every["intervals"]["balanced_accuracy"] = [0.425, 0.499]
+    told = [text for text in scores.warnings_of(results) if "chance" in text]
+    assert told == [
+        "Balanced accuracy 46.3 (42.5-49.9): chance, 50.0, lies above the interval: "
+        "what the network has learnt points the wrong way here. See whether the "
+        "classes were exchanged."
+    ]
