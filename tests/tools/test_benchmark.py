@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from untrained_run import make_run
 
-from experiments import gpu_report, growth, scaling
+from experiments import curve_cost, gpu_report, growth, scaling
 from tools import (
     benchmark,
     benchmark_compare,
@@ -304,6 +304,28 @@ def test_phases_end_at_the_lines_of_a_command():
     assert found["in all"]["s"] == pytest.approx(total) and total > 0
     with pytest.raises(RuntimeError, match="json.tool --help: usage"):
         startup.phases(["json.tool", "--help"], {"never said": "end"})
+
+
+def test_what_a_curve_costs_is_timed(tmp_path, capsys):
+    file = tmp_path / "found.json"
+    small = ["--images=2", "--size=16", "--model=tiny", "--rounds=2"]
+    curve_cost.main([*small, f"--json={file}"])
+    found = json.loads(file.read_text())
+    assert set(found["rows"]) == {"curves", "network alone"}
+    assert found["rows"]["curves"]["points"] == 2 * 16 + 1
+    assert "ms a point" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="^error: .*'none'.*resnet18"):
+        curve_cost.main(["--model=none"])
+    with pytest.raises(SystemExit, match="^error: --images=8 --size=30: give"):
+        curve_cost.main(["--size=30"])
+
+
+def test_curves_that_differ_are_not_timed():
+    mine = np.zeros((2, 3, 5))
+    assert curve_cost.largest_difference(mine, mine[:, :, 1:]) == 0
+    for wrong in (0.01, np.nan):
+        with pytest.raises(ValueError, match="differ by .*: nothing was timed"):
+            curve_cost.largest_difference(mine, mine[:, :, 1:] + wrong)
 
 
 @pytest.mark.slow
