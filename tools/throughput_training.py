@@ -8,8 +8,9 @@ network alone on one of its batches, both together, and the metrics. Training wi
 config.data.residency=host: what grain delivers with 0, 2 and more threads when nothing
 else runs (of a method with several streams the first), what the train step eats of a
 batch that is there already, and both together. `network_share` is the seconds that the
-network needs alone over those of both together. Weights are untrained. CPU seconds
-stand beside the clock.
+network needs alone over those of both together; it says little where others were busy.
+Weights are untrained. CPU seconds stand beside the clock. Any config as a file:
+--config=from_json:FILE.json.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def training(run: Run, steps: int, threads: Sequence[int]) -> dict[str, dict]:
 
     advance, _ = compile_run(run, plan, initial_state(run, plan.method), 0)
     for name, go, warm in (
-        ("the step eats", eat, 1),
+        ("the step eats", eat, 2),
         ("both together", lambda state: advance(state)[0], WARM),
     ):
         state = repeat(go, initial_state(run, plan.method), warm)
