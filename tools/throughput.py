@@ -3,8 +3,9 @@
 Images per second of `cxai-predict`, stage by stage and as a whole. The stages run
 alone, one image or batch after the other: opening files (PNG files of DIR, and copies
 of pydicom's CT_small), the network, all votes, rows with and without their overlay, the
-page. The whole command runs with every --overlays and --votes=0. CPU seconds stand
-beside the clock: others on the machine change them less.
+page. The whole command runs with every --overlays and --votes=0, over DIR and over the
+DICOM files; `network_share` is the seconds that the network needs alone over those of
+the command. CPU seconds stand beside the clock: others on the machine change them less.
 """
 
 import argparse
@@ -44,6 +45,24 @@ def timed(images: int, work: Callable, *given) -> tuple[object, dict]:
         "cpu_ms_per_image": 1e3 * (after.own - before.own) / images,
         "foreign_load": before.foreign_until(after),
     }
+
+
+def with_share(found: dict[str, dict], network: str, names: Sequence[str]) -> dict:
+    """`found`, in which each of `names` says now for how much of it the network ran."""
+    for name in names:
+        share = found[name]["images_per_s"] / found[network]["images_per_s"]
+        found[name]["network_share"] = share
+    return found
+
+
+def show(found: dict[str, dict]) -> None:
+    """Prints one line for each."""
+    for name, one in found.items():
+        line = f"{name:28}{one['images_per_s']:8.1f} images/s, CPU "
+        line += f"{one['cpu_ms_per_image']:7.2f} ms an image"
+        if "network_share" in one:
+            line += f", the network {one['network_share']:.0%} of the time"
+        print(line)
 
 
 def prepare(paths: Sequence[Path], known: dict, config) -> list[Prepared]:
@@ -108,15 +127,27 @@ def stages(workdir: Path, files: list[Path], dicom: list[Path], out: Path) -> di
     return found
 
 
-def whole(workdir: Path, images: Path, number: int, out: Path) -> dict:
-    """The command, without its start: what follows the line "predicting"."""
+def command(workdir: Path, images: Path, overlays: str, out: Path) -> list[str]:
+    given = ["cxai_jax.predict", f"--workdir={workdir}", "--images", str(images)]
+    return [*given, "--votes=0", f"--overlays={overlays}", f"--out={out}"]
+
+
+def whole(workdir: Path, images: Path, number: int, out: Path, kind: str) -> dict:
+    """The command, without its start: what follows the line "predicting".
+
+    Args:
+      workdir: a finished run.
+      images: folder of so many files.
+      number: of files.
+      out: for the answers.
+      kind: of the files, in the names of the rows.
+    """
     found = {}
     for overlays in choices.OVERLAYS:
-        command = ["cxai_jax.predict", f"--workdir={workdir}", "--images", str(images)]
-        command += ["--votes=0", f"--overlays={overlays}", f"--out={out / overlays}"]
-        ran = phases(command, {**BEGINS, f"{number}/{number} files": "predicted"})
+        given = command(workdir, images, overlays, out / overlays)
+        ran = phases(given, {**BEGINS, f"{number}/{number} files": "predicted"})
         taken = ran["phases"]["predicted"]
-        found[f"--overlays={overlays}"] = {
+        found[f"{kind} --overlays={overlays}"] = {
             "images": number,
             "images_per_s": number / taken["s"],
             "cpu_ms_per_image": 1e3 * taken["cpu_s"] / number,
@@ -146,23 +177,34 @@ def main(arguments: list[str]) -> None:
     )
     given = parser.parse_args(arguments)
     host.keep_freed_memory()
-    files = inputs.find([str(given.images)]).files
+    try:
+        predictor.load(given.workdir)
+        files = inputs.find([str(given.images)]).files
+        if not files:
+            raise ValueError(f"--images={given.images} holds no image")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder, found = Path(scratch), {}
         dicom = copies(given.dicom, folder / "dicom") if given.dicom else []
-        found = whole(given.workdir, given.images, len(files), folder)
+        first = command(given.workdir, files[0], "none", folder / "first")
+        phases(first, {})  # Compiles; the programs are kept.
+        for kind, images, number in (
+            ("PNG", given.images, len(files)),
+            ("DICOM", folder / "dicom", len(dicom)),
+        ):
+            if number:
+                out = folder / kind
+                found |= whole(given.workdir, images, number, out, kind)
         alone = stages(given.workdir, files, dicom, folder / "stages")
+    with_share(found | alone, "network", list(found))
     result = describe(make_session())
     result = {name: result[name] for name in ("git", "time", "host", "versions")}
     about = json.loads((given.workdir / "config.json").read_text())
     result |= {"network": about["model"]["name"], "pixels": about["data"]["image_size"]}
     result |= {"stages, one thread": alone, "command": found}
     given.json.write_text(json.dumps(result, indent=1) + "\n")
-    for name, one in {**alone, **found}.items():
-        print(
-            f"{name:20}{one['images_per_s']:8.1f} images/s, CPU "
-            f"{one['cpu_ms_per_image']:6.2f} ms an image"
-        )
+    show({**alone, **found})
 
 
 if __name__ == "__main__":

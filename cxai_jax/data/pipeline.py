@@ -27,6 +27,7 @@ from cxai_jax.types import Batch
 
 RESIDENCIES = ("auto", "device", "host")
 SAME_SHAPE = 64  # Rows: folds that differ by a few images share a compiled step.
+THREADS = 2  # That decode batches of a training, each with a thread for every core.
 
 
 def fit_for_training(config) -> Callable[[np.ndarray], np.ndarray]:
@@ -205,15 +206,21 @@ def host_batches(
     canvas,
     with_masks: bool,
     mesh: Mesh,
+    threads: int = THREADS,
 ) -> Iterator[Batch]:
-    """Global batches from `start` on, decoded by grain threads one step ahead."""
+    """Global batches from `start` on, decoded by grain threads one step ahead.
+
+    With 0 threads a batch is decoded when it is asked for.
+    """
     import grain
 
     def load(rows):
         mine = rows[meshes.local_rows(len(rows), mesh)]
         return decode(records, mine, fit, canvas, with_masks)
 
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=4 if threads else 0
+    )
     batches = iter(stream[start:].map(load).to_iter_dataset(options))
     ahead = meshes.put_rows(next(batches), mesh)
     while True:
@@ -227,13 +234,25 @@ def scoring_batches(
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Batches of a split in order, the last one padded with copies of its first row.
 
+    The next one is decoded while the devices are busy with this one.
+
     Yields:
       (global Batch with `valid`, row numbers of the valid rows).
     """
-    for start in range(0, len(records), batch_size):
+    mine = meshes.local_rows(batch_size, mesh)
+
+    def load(start):
         rows = np.arange(start, min(start + batch_size, len(records)))
         padded = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
-        mine = meshes.local_rows(batch_size, mesh)
         batch = decode(records, padded[mine], fit, canvas)
         valid = (np.arange(batch_size) < len(rows))[mine]
-        yield meshes.put_rows(batch._replace(valid=valid), mesh), rows
+        return batch._replace(valid=valid), rows
+
+    starts = range(0, len(records), batch_size)
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(load, 0)
+        for start in starts:
+            batch, rows = ahead.result()
+            if start != starts[-1]:
+                ahead = pool.submit(load, start + batch_size)
+            yield meshes.put_rows(batch, mesh), rows

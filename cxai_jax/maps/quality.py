@@ -245,6 +245,7 @@ def deletion_curve(
     step: int = 224,
     fill: float = 0.0,
     at_once: int = 32,
+    whole: Array | None = None,
 ) -> Array:
     """Probability of the class while pixels are removed, most salient first.
 
@@ -258,12 +259,16 @@ def deletion_curve(
       step: pixels per point.
       fill: value of a removed pixel; 0 is the mean of normalised images.
       at_once: images per forward pass at most, all of one point at least.
+      whole: the probability of the class for the whole images [B], if it is known.
 
     Returns:
       [B, ceil(H W / step) + 1], the first of the whole image.
     """
-    finish = jnp.full_like(images, fill)
-    return _curve(probabilities, images, finish, maps, labels, step, at_once)
+    if whole is None:
+        whole = _of_class(probabilities(images), labels)
+    finish, counts = jnp.full_like(images, fill), _counts(maps, step)[1:]
+    rest = _curve(probabilities, images, finish, maps, labels, counts, at_once)
+    return jnp.concatenate([whole[:, None], rest], axis=1)
 
 
 def insertion_curve(
@@ -274,12 +279,18 @@ def insertion_curve(
     *,
     step: int = 224,
     at_once: int = 32,
+    whole: Array | None = None,
 ) -> Array:
     """Probability of the class while pixels return to a blurred image; see deletion.
 
-    RISE starts from a blur of 11 pixels and sigma 5. Higher area is better.
+    RISE starts from a blur of 11 pixels and sigma 5. Higher area is better. The last
+    point is of the whole image.
     """
-    return _curve(probabilities, blurred(images), images, maps, labels, step, at_once)
+    if whole is None:
+        whole = _of_class(probabilities(images), labels)
+    start, counts = blurred(images), _counts(maps, step)[:-1]
+    rest = _curve(probabilities, start, images, maps, labels, counts, at_once)
+    return jnp.concatenate([rest, whole[:, None]], axis=1)
 
 
 def area_under_curve(curve: Array) -> Array:
@@ -393,12 +404,16 @@ def road(
     return (most_kept - least_kept).mean(0) / 2
 
 
-def _curve(probabilities, start, finish, maps, labels, step, at_once):
+def _counts(maps, step):
+    """Pixels that are replaced at each point of a curve, from none to all."""
+    pixels = maps.shape[1] * maps.shape[2]
+    return jnp.arange(-(-pixels // step) + 1) * step
+
+
+def _curve(probabilities, start, finish, maps, labels, counts, at_once):
     """Class probability while `finish` replaces `start`, most salient first."""
     _check_images(start, maps)
     rank = _rank(maps)
-    pixels = maps.shape[1] * maps.shape[2]
-    counts = jnp.arange(-(-pixels // step) + 1) * step
 
     def mixed(count):
         return jnp.where((rank < count)[..., None], finish, start)

@@ -78,8 +78,10 @@ def explain_batch(
     size = images.shape[1]
     smooth = upsample(found["cam"], size)
     curve = {"maps": smooth, "labels": labels, "step": -(-size * size // POINTS)}
+    probs = jax.nn.softmax(logits.astype(jnp.float32))
+    curve["whole"] = probs.max(-1)
     return found | {
-        "probs": jax.nn.softmax(logits.astype(jnp.float32)),
+        "probs": probs,
         "occlusion": saliency.occlusion(
             network.logits, gray, labels, grid=out.class_maps.shape[1], fill=fill
         ),

@@ -1,6 +1,7 @@
-"""Records: lazy decoding, subsets, joining."""
+"""Records: lazy decoding, subsets, joining, batches."""
 
 import pickle
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from cxai_jax.data import pipeline
 from cxai_jax.data.records import Dataset, Mapped, Records, concatenate, fingerprint
+from cxai_jax.mesh import make_mesh
 
 
 class Counted(list):
@@ -82,6 +84,40 @@ def test_a_split_that_does_not_fit_is_not_read_for_its_canvas():
     canvas, batch = pipeline.decode_all(replace(records(3), shapes=shapes), fit, 126)
     assert canvas == (6, 7, 1) and (batch.sizes[:3] == (4, 5)).all()
     np.testing.assert_array_equal(batch.images[2, :4, :5], records(3).images[2])
+
+
+def test_batches_to_score_are_read_one_ahead_and_in_order():
+    counted, Counted.reads = Counted(records(7).images), 0
+    given = replace(records(7), images=counted)
+    batches = pipeline.scoring_batches(given, lambda x: x, (4, 5, 1), 3, make_mesh())
+    seen = []
+    for number, (batch, rows) in enumerate(batches):
+        np.testing.assert_array_equal(batch.images[: len(rows), 0, 0, 0], rows)
+        np.testing.assert_array_equal(np.asarray(batch.valid), np.arange(3) < len(rows))
+        read = min(6 + 3 * number, 9)
+        wait_until(lambda read=read: Counted.reads == read)
+        seen += rows.tolist()
+    assert seen == list(range(7))
+    broken = replace(records(7), images=[*records(7).images[:6], None])
+    batches = pipeline.scoring_batches(broken, np.negative, (4, 5, 1), 3, make_mesh())
+    with pytest.raises(TypeError):
+        list(batches)
+
+
+def wait_until(true):
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_the_number_of_threads_changes_no_batch(threads):
+    rows = pipeline.row_stream(np.arange(7), 3, seed=0)
+    given = records(7), rows, 1, lambda x: x, (4, 5, 1), False, make_mesh()
+    batches = pipeline.host_batches(*given, threads=threads)
+    for step in range(1, 5):
+        np.testing.assert_array_equal(next(batches).images[:, 0, 0, 0], rows[step])
 
 
 def test_unequal_columns_are_refused():

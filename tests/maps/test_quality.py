@@ -161,6 +161,23 @@ def test_curves_do_not_depend_on_how_many_points_run_at_once(at_once):
     np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
+@pytest.mark.parametrize("curve", [metrics.deletion_curve, metrics.insertion_curve])
+def test_curves_take_what_is_known_of_the_whole_image(curve):
+    """The same values from one point less, and no forward pass for it."""
+    whole, seen = np.asarray(probabilities(IMAGES))[np.arange(4), LABELS], []
+
+    def recorded(x):
+        jax.debug.callback(lambda x: seen.append(len(x)), x)
+        return probabilities(x)
+
+    given = {"step": 9, "at_once": 4}
+    full = curve(probabilities, IMAGES, MAPS, LABELS, **given)
+    got = curve(recorded, IMAGES, MAPS, LABELS, **given, whole=whole)
+    jax.effects_barrier()
+    assert seen == [len(IMAGES)] * 8
+    np.testing.assert_allclose(got, full, rtol=1e-6)
+
+
 def test_an_empty_mask_is_excluded_and_counted():
     masks = MASKS.copy()
     masks[1] = 0

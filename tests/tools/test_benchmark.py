@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small import small
 from untrained_run import make_run
 
-from experiments import gpu_report, growth, scaling
+from experiments import curve_cost, gpu_report, growth, scaling
 from tools import (
     benchmark,
     benchmark_compare,
@@ -17,6 +18,7 @@ from tools import (
     roofline,
     startup,
     throughput,
+    throughput_training,
 )
 from tools import benchmark_programs as programs
 from tools.benchmark_session import make_session
@@ -304,6 +306,61 @@ def test_phases_end_at_the_lines_of_a_command():
     assert found["in all"]["s"] == pytest.approx(total) and total > 0
     with pytest.raises(RuntimeError, match="json.tool --help: usage"):
         startup.phases(["json.tool", "--help"], {"never said": "end"})
+
+
+def test_the_share_of_the_network_is_its_time_over_the_whole():
+    found = {"whole": {"images_per_s": 20.0}, "network": {"images_per_s": 80.0}}
+    throughput.with_share(found, "network", ["whole"])
+    assert found["whole"]["network_share"] == 0.25
+    assert "network_share" not in found["network"]
+
+
+def test_scoring_and_training_from_the_host_are_timed(tmp_path, capsys, monkeypatch):
+    config = small("baseline", **{"data.image_size": 16, "data.resize": 18})
+    monkeypatch.setattr(throughput_training, "load_config_file", lambda _: config)
+    file = tmp_path / "found.json"
+    few = ["--config=small", "--steps=1", "--threads", "0", "2", "--batch_size=4"]
+    throughput_training.main([*few, f"--json={file}"])
+    found = json.loads(file.read_text())
+    assert set(found["scoring"]) == {"read", "network", "read and network", "metrics"}
+    deliver = {"0 threads deliver", "2 threads deliver"}
+    assert set(found["training"]) == {*deliver, "the step eats", "both together"}
+    assert found["batch"] == 4 and found["training"]["both together"]["images"] == 4
+    assert found["training"]["both together"]["network_share"] > 0
+    assert "2 threads deliver" in capsys.readouterr().out
+
+
+def test_what_cannot_be_timed_is_named_in_one_line(tmp_path):
+    unprepared = ["--config=siteB", f"--data_dir={tmp_path}"]
+    with pytest.raises(SystemExit, match="^error: .*site_b/official.* not prepared"):
+        throughput_training.main(unprepared)
+    with pytest.raises(SystemExit, match="^error: nothing does not exist"):
+        throughput_training.main(["--config=nothing"])
+    given = [f"--workdir={tmp_path}", f"--images={tmp_path}"]
+    with pytest.raises(SystemExit, match="^error: .*config.json"):
+        throughput.main(given)
+
+
+def test_what_a_curve_costs_is_timed(tmp_path, capsys):
+    file = tmp_path / "found.json"
+    small = ["--images=2", "--size=16", "--model=tiny", "--rounds=2"]
+    curve_cost.main([*small, f"--json={file}"])
+    found = json.loads(file.read_text())
+    assert set(found["rows"]) == {"curves", "network alone"}
+    assert found["rows"]["curves"]["points"] == 2 * 16 + 1
+    assert "ms a point" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="^error: .*'none'.*resnet18"):
+        curve_cost.main(["--model=none"])
+    with pytest.raises(SystemExit, match="^error: --images=8 --size=30: give"):
+        curve_cost.main(["--size=30"])
+
+
+def test_curves_that_differ_are_not_timed():
+    mine = np.zeros((2, 3, 5))
+    assert curve_cost.largest_difference(mine, mine[:, :, 1:]) == 0
+    for wrong in (0.01, np.nan):
+        with pytest.raises(ValueError, match="differ by .*: nothing was timed"):
+            curve_cost.largest_difference(mine, mine[:, :, 1:] + wrong)
 
 
 @pytest.mark.slow
