@@ -70,7 +70,6 @@ def scoring(run: Run) -> dict[str, dict]:
     predict(records.subset([0]))  # Compiles.
     predictions, found["read and network"] = timed(len(records), predict, records)
     given = predictions, run.tested, config
-    given = predictions, run.tested, config
     found["metrics"] = timed(len(records), evaluate.score, *given)[1]
     return with_share(found, "network", ["read and network"])
 
