@@ -21,6 +21,7 @@ from cxai_jax.data import pipeline
 from cxai_jax.data.augment import Scale, normalise
 from cxai_jax.data.records import Records
 from cxai_jax.methods.method import Network, in_one_call
+from cxai_jax.objectives import mixing
 from cxai_jax.training.compile import compile_step
 from cxai_jax.training.run import Stream, build_network, make_method
 from cxai_jax.types import Array, Batch
@@ -226,6 +227,30 @@ def step_program(
     return Program(run, batch * steps_per_call, about, compiled.as_text())
 
 
+def first_draw(batch: int, size: int) -> tuple[list, tuple, tuple]:
+    """What the first step of a `step_program` on one device mixes.
+
+    Returns:
+      The row of each image's donor [B], the destination and the source box.
+    """
+    mix = make_config().mix
+    key = jax.random.fold_in(jax.random.key(0), 0)  # As `methods/guided.py` does.
+    drawn = mixing.draw(
+        jax.random.split(key)[1],
+        batch,
+        prob=mix.prob,
+        beta=mix.beta,
+        boxes="batch",
+        groups=1,
+    )
+    images = jnp.zeros((batch, size, size, 1))
+    boxes = (
+        mixing.sample_boxes(drawn.keys[i], drawn.lam[i], images)[0].tolist()
+        for i in (0, 1)
+    )
+    return drawn.permutation[0].tolist(), *map(tuple, boxes)
+
+
 def row_blocks(count: int, batch: int, steps_per_call: int, mesh) -> list:
     """Row numbers [S, B] of ROTATION calls, a shuffled walk through the split."""
     needed = ROTATION * steps_per_call * batch
@@ -329,6 +354,7 @@ def tta_programs(
             check_probs(kind, found)
             run = in_turn(lambda number, call=call: call(given[number]))
             told = about | {"largest_difference": difference}
+            told["probs"] = found[0][0, 0].tolist()
             result[kind] = Program(run, images, told, chosen.hlo)
             continue
         theta, forwards = thetas[kind.removesuffix(REUSE)], []
@@ -419,11 +445,41 @@ def threshold(probs: np.ndarray, share: float) -> float:
     return float(values[place - 1 : place + 1].mean()) if place else 0.0
 
 
-def peer_batches(batch: int, size: int, scale_of: str = "resnet50") -> list:
-    """The step programs' images as the peer takes them: normalised float32."""
-    config = make_config(**{"model.name": scale_of, "data.image_size": size})
-    scale = build(config)[2]
+def ready(images: np.ndarray, size: int, model: str) -> np.ndarray:
+    """Images as a network takes them, and the peer: normalised float32."""
+    scale = build(make_config(**{"model.name": model, "data.image_size": size}))[2]
+    return np.asarray(normalise(jnp.asarray(images), scale.mean, scale.std))
+
+
+def peer_batches(batch: int, size: int, model: str) -> list:
+    """The step programs' batches (images, labels), ready for the peer."""
     images, labels = synthetic_images(ROTATION * batch, size)
     rows = np.random.default_rng(1).permutation(len(images)).reshape(ROTATION, batch)
-    ready = np.asarray(normalise(jnp.asarray(images), scale.mean, scale.std))
-    return [(ready[r], labels[r]) for r in rows]
+    images = ready(images, size, model)
+    return [(images[r], labels[r]) for r in rows]
+
+
+def voting_images(count: int, size: int, model: str) -> np.ndarray:
+    """The images of all calls of `tta_programs`, ready for the peer."""
+    given = [synthetic_images(count, size, seed)[0] for seed in range(ROTATION)]
+    return ready(np.concatenate(given), size, model)
+
+
+def inference_program(
+    *, batch: int, size: int = 224, lowering: str = "auto", **fields
+) -> Program:
+    """The forward pass to logits that scoring and voting use, norms folded.
+
+    `about` holds the logits of the first batch. Arguments as in `step_program`.
+    """
+    config = make_config(**{"data.image_size": size, **fields})
+    model, variables, _ = build(config, lowering)
+    variables = jax.device_put(variables)
+    batches = peer_batches(batch, size, config.model.name)
+    given = [jnp.asarray(images) for images, _ in batches]
+    compiled, about = compile_timed(
+        lambda variables, x: model.apply(variables, x, "eval")[0], variables, given[0]
+    )
+    about["logits"] = np.asarray(compiled(variables, given[0])).tolist()
+    run = in_turn(lambda number: compiled(variables, given[number]))
+    return Program(run, batch, about, compiled.as_text())
