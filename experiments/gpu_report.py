@@ -24,6 +24,7 @@ from tools import benchmark_peer
 from tools import benchmark_programs as programs
 from tools.benchmark_session import Session, describe, make_session, measure_roof
 from tools.benchmark_suites import measure_ops, measure_steps, measure_tta
+from tools.benchmark_voting import tta_programs
 
 # Sites A and B together, the paper's training images, and its epochs.
 IMAGES, EPOCHS, BATCH = 2383, 200, 64
@@ -125,7 +126,7 @@ def examine(hlo: str) -> dict:
 
 def measure_folded(session: Session, report: dict) -> None:
     """The evaluation forward pass: batch norm folded, so no kernel of its own."""
-    made = programs.tta_programs(
+    made = tta_programs(
         ("all",),
         images=session.voting_images,
         size=session.size,

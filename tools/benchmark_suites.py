@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 
 from tools import benchmark_programs as programs
+from tools import benchmark_voting as voting
 from tools.benchmark_parts import measure_conv, measure_infer, measure_ops
 from tools.benchmark_peer import Peer, where
 from tools.benchmark_session import Session, add_row, wrong_values
@@ -75,7 +76,7 @@ STEPS = {
 STEPS["smoke"] = STEPS["step_full"]
 VOTING = (
     "all",
-    programs.LOOP,
+    voting.LOOP,
     "early_unanimous",
     "early_5_percent",
     "early_undecided",
@@ -219,10 +220,10 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
     if not session.time_left("tta"):
         return
     if not session.model.startswith("resnet"):  # Others declare no prefix.
-        kinds = tuple(kind for kind in kinds if not kind.endswith(programs.REUSE))
+        kinds = tuple(kind for kind in kinds if not kind.endswith(voting.REUSE))
     if session.voting_images > 1:  # A thousand calls per call: minutes on a GPU.
-        kinds = tuple(kind for kind in kinds if kind != programs.LOOP)
-    made = programs.tta_programs(
+        kinds = tuple(kind for kind in kinds if kind != voting.LOOP)
+    made = voting.tta_programs(
         kinds, images=session.voting_images, size=session.size, **session.fields
     )
     contenders = [Contender(kind, program.run) for kind, program in made.items()]
@@ -249,9 +250,9 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
             program,
             rounds,
             # With reuse most of a forward pass is not run: no floor of ours fits.
-            works=() if kind.endswith(programs.REUSE) else ("infer_folded",),
+            works=() if kind.endswith(voting.REUSE) else ("infer_folded",),
             forwards=program.about.get("forwards_per_image", 32.0),
-            compare={n: n for n in ("all", programs.LOOP) if n in made and n != kind}
+            compare={n: n for n in ("all", voting.LOOP) if n in made and n != kind}
             | {n: n for n in peers},
         )
     for peer in peers.values():
@@ -259,12 +260,12 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
 
 
 def voting_peers(session: Session) -> dict[str, Peer]:
-    from tools import peer_torch
+    from tools import peer_voting
 
-    images = programs.voting_images(session.voting_images, session.size, session.model)
+    images = voting.voting_images(session.voting_images, session.size, session.model)
     return {
         kind: Peer(
-            peer_torch.make_voting,
+            peer_voting.make_voting,
             kind=kind,
             images=images,
             model=session.model,

@@ -18,6 +18,7 @@ from tools import (
     benchmark_peer,
     benchmark_suites,
     benchmark_timing,
+    benchmark_voting,
     roofline,
     startup,
     throughput,
@@ -155,7 +156,7 @@ def test_threshold_splits_the_votes():
     probs = np.stack([1 - positive, positive], axis=-1)
     own = np.take_along_axis(probs[:, 1:], probs[:, :1].argmax(-1)[..., None], axis=2)
     for share in (0.0, 0.05, 0.5):
-        theta = programs.threshold(probs, share)
+        theta = benchmark_voting.threshold(probs, share)
         assert (own < theta).mean() == pytest.approx(share, abs=0.01)
 
 
@@ -170,7 +171,7 @@ def test_row_blocks_walk_through_the_whole_split():
 
 def test_unknown_voting_kind_names_the_known():
     with pytest.raises(ValueError, match="known: all, loop, early_unanimous"):
-        programs.tta_programs(("late",), images=1)
+        benchmark_voting.tta_programs(("late",), images=1)
 
 
 def test_unknown_suite_is_refused(capsys):
@@ -239,12 +240,12 @@ def test_peer_computes_the_same_first_step(model):
 def test_peer_votes_from_the_same_probabilities(kind):
     pytest.importorskip("torch")
     pytest.importorskip("timm")
-    from tools import peer_torch
+    from tools import peer_voting
 
     size, model = 32, "resnet18"
-    images = programs.voting_images(1, size, model)
+    images = benchmark_voting.voting_images(1, size, model)
     variables = programs.initial_variables(model, size)
-    vote = peer_torch.make_voting(
+    vote = peer_voting.make_voting(
         kind, images, model=model, variables=variables, k=2, theta=0.0
     )
     network = models.build(programs.make_config(**{"model.name": model}).model, 2)
