@@ -22,8 +22,9 @@ import jax
 
 from tools import benchmark_peer
 from tools import benchmark_programs as programs
+from tools.benchmark_parts import measure_ops
 from tools.benchmark_session import Session, describe, make_session, measure_roof
-from tools.benchmark_suites import measure_ops, measure_steps, measure_tta
+from tools.benchmark_suites import measure_steps, measure_tta
 from tools.benchmark_voting import tta_programs
 
 # Sites A and B together, the paper's training images, and its epochs.
