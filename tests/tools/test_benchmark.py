@@ -201,7 +201,11 @@ def test_smoke_suite_writes_its_json(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", benchmark_peer.NETWORKS)
 def test_peer_computes_the_same_first_step(model):
-    """Loss and gradient of the same images, boxes and weights, plain and in full."""
+    """Loss and gradient of the same images, boxes and weights, plain and in full.
+
+    Of a DenseNet at 64 pixels the float32 gradient norm is 66.52 in PyTorch, 66.44 in
+    its other layout, 66.45 in ours, and 66.51 in float64: norms over 16 values.
+    """
     pytest.importorskip("torch")
     pytest.importorskip("timm")
     from tools import peer_torch
@@ -223,7 +227,7 @@ def test_peer_computes_the_same_first_step(model):
         )
         assert peer.about["loss"] == pytest.approx(loss, rel=1e-3)
         norm = ours.about["gradient_norm"]
-        assert peer.about["gradient_norm"] == pytest.approx(norm, rel=1e-3)
+        assert peer.about["gradient_norm"] == pytest.approx(norm, rel=3e-3)
     peer = peer_torch.make_step(
         "published",
         batches,
