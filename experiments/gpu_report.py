@@ -8,7 +8,6 @@ With --tiny the same code runs on a small network in about a minute, on a CPU to
 """
 
 import argparse
-import importlib.util
 import json
 import re
 import sys
@@ -21,9 +20,12 @@ from pathlib import Path
 
 import jax
 
+from tools import benchmark_peer
 from tools import benchmark_programs as programs
+from tools.benchmark_parts import measure_ops
 from tools.benchmark_session import Session, describe, make_session, measure_roof
-from tools.benchmark_suites import measure_ops, measure_steps, measure_tta
+from tools.benchmark_suites import measure_steps, measure_tta
+from tools.benchmark_voting import tta_programs
 
 # Sites A and B together, the paper's training images, and its epochs.
 IMAGES, EPOCHS, BATCH = 2383, 200, 64
@@ -125,7 +127,7 @@ def examine(hlo: str) -> dict:
 
 def measure_folded(session: Session, report: dict) -> None:
     """The evaluation forward pass: batch norm folded, so no kernel of its own."""
-    made = programs.tta_programs(
+    made = tta_programs(
         ("all",),
         images=session.voting_images,
         size=session.size,
@@ -246,7 +248,7 @@ def main(arguments: list[str]) -> None:
     if given.tiny:
         changes |= {"model": "tiny", "size": 32, "batches": (4, 8), "calls": 1}
     else:
-        changes["peer"] = importlib.util.find_spec("torch") is not None
+        changes["peer"] = benchmark_peer.installed()
     session = make_session(**changes)
     report = {"hlo": {}, "errors": {}, "seconds": {}}
     # Empty at first, so that the first compilation is a cold one.

@@ -31,6 +31,7 @@ import numpy as np
 from cxai_jax import host
 from tools import benchmark_programs as programs
 from tools import benchmark_timing as timing
+from tools import benchmark_voting as voting
 from tools import roofline
 from tools.benchmark_session import Session, describe, make_session, measure_roof
 
@@ -65,9 +66,7 @@ def sweeps(tiny: bool) -> dict[str, tuple[list[int], dict]]:
 def make_program(name: str, value: int, rest: dict, model: dict) -> programs.Program:
     """The program of one point of one sweep: the full step, or all votes."""
     if name == "k":
-        return programs.tta_programs(("all",), **rest, **model, **{"tta.k": value})[
-            "all"
-        ]
+        return voting.tta_programs(("all",), **rest, **model, **{"tta.k": value})["all"]
     shape = dict(rest)
     if name == "batch":
         shape["batch"] = value

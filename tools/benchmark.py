@@ -4,7 +4,8 @@ How fast training and testing are here, as a share of what the machine allows: t
 headline is "% of floor", the time that a ResNet-50's kernels need at the measured copy
 and matrix-product rates (cxai_jax/roofline.py), over the time taken. Beside it stand
 ratios, taken within interleaved rounds, to the plain lowering and to PyTorch
-(tools/peer_torch.py). Rows on a CPU that others used meanwhile say "noisy".
+(tools/peer_torch.py, networks of timm). Rows on a CPU that others used meanwhile say
+"noisy".
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 import jax
 
 from cxai_jax import host
+from tools.benchmark_peer import NETWORKS
 from tools.benchmark_session import (
     Session,
     describe,
@@ -59,13 +61,15 @@ def main(arguments: list[str]) -> int:
         help="default: freed memory goes back to the kernel (host_memory.py)",
     )
     parser.add_argument("--size", type=int, default=224, help="pixels, not of smoke")
-    parser.add_argument("--model", default="resnet50", help="not of smoke or the peer")
+    parser.add_argument(
+        "--model", default="resnet50", help="not of smoke, infer and conv"
+    )
     given = parser.parse_args(arguments)
     suites = given.suites or ["smoke"]
     if unknown := set(suites) - set(known):
         parser.error(f"unknown suite {sorted(unknown)[0]!r}; known: {', '.join(known)}")
-    if given.peer != "none" and given.model != "resnet50":
-        parser.error(f"--peer compares a resnet50, not {given.model}; leave one out")
+    if given.peer != "none" and given.model not in NETWORKS:
+        parser.error(f"--peer has no {given.model}; supported: {', '.join(NETWORKS)}")
     if given.device != "auto":
         name = "cuda" if given.device == "gpu" else given.device
         jax.config.update("jax_platforms", name)

@@ -40,9 +40,9 @@ def compare(old: dict, new: dict) -> list[dict]:
 
     Returns:
       suite, variant, dtype, bs; by: what the comparison rests on; slower: how many
-      times slower the new row is; verdict: "ok", "regression", "wrong" (its loss is
-      not the reference's) or "noisy" (either row was measured on a busy machine, so
-      nothing follows).
+      times slower the new row is; verdict: "ok", "regression", "wrong" (its loss
+      or values are not the reference's) or "noisy" (either row was measured on a busy
+      machine, so nothing follows).
     """
     same_machine = old["device"]["kind"] == new["device"]["kind"]
     before = {row_key(row): row for row in old["rows"]}

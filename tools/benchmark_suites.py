@@ -2,23 +2,23 @@
 
 A fast wrong step cannot pass: from the same weights the loss and the gradient's norm of
 the first step must agree with those of its reference, the float32 step in XLA's own
-lowering; else its row says so, and the command and any comparison with the row fail.
-Later losses would tell nothing: an untrained ResNet-50 amplifies a change of its
-weights by 1e-7 to a tenth of the third loss.
+lowering, and of the peer, which mixes the same images and boxes; else its row says so,
+and the command and any comparison with the row fail. Later losses would tell nothing:
+an untrained ResNet-50 amplifies a change of its weights by 1e-7 to a tenth of the third
+loss.
 """
 
-import functools
 import gc
 import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from cxai_jax.models import lowering
 from tools import benchmark_programs as programs
-from tools.benchmark_peer import Peer
-from tools.benchmark_session import Session, add_row
+from tools import benchmark_voting as voting
+from tools.benchmark_parts import measure_conv, measure_infer, measure_ops
+from tools.benchmark_peer import Peer, where
+from tools.benchmark_session import Session, add_row, wrong_values
 from tools.benchmark_timing import Contender
 
 WARMUP = 3  # Steps before the first round; the first of them is checked.
@@ -76,7 +76,7 @@ STEPS = {
 STEPS["smoke"] = STEPS["step_full"]
 VOTING = (
     "all",
-    programs.LOOP,
+    voting.LOOP,
     "early_unanimous",
     "early_5_percent",
     "early_undecided",
@@ -91,6 +91,22 @@ def agrees(dtype: str, found: tuple, reference: tuple) -> bool:
         math.isfinite(a) and abs(a - b) <= TOLERANCE[dtype] * max(abs(b), 0.1)
         for a, b in zip(found, reference, strict=True)
     )
+
+
+def wrong_step(dtype: str, found: tuple, expected: dict[str, tuple]) -> str:
+    """What disagrees with (loss, gradient norm) of a first step; "" if nothing."""
+    return "; ".join(
+        "loss {:.6g}, gradient {:.6g}".format(*found)
+        + f", but {name} "
+        + "{:.6g}, {:.6g}".format(*other)
+        for name, other in expected.items()
+        if not agrees(dtype, found, other)
+    )
+
+
+def first_of(peer: Peer) -> tuple[float, float]:
+    """Loss and gradient norm of the peer's first step."""
+    return peer.about["loss"], peer.about["gradient_norm"]
 
 
 def first_step(program: programs.Program) -> tuple[float, float]:
@@ -141,7 +157,12 @@ def measure_steps(session: Session, suite: str) -> None:
                 "loss": loss,
                 "gradient_norm": norm,
                 "reference": reference,
-                "wrong": not agrees(session.dtype, found[case.name], reference),
+                "wrong": wrong_step(
+                    session.dtype,
+                    found[case.name],
+                    {"reference": reference}
+                    | {n: first_of(peers[n]) for n in compare[case.name] if n in peers},
+                ),
             }
             add_row(
                 session,
@@ -165,11 +186,13 @@ def step_peers(session: Session, suite: str, batch: int) -> dict[str, Peer]:
         return {}
     from tools import peer_torch
 
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    batches = programs.peer_batches(batch, session.size)
-    variables = programs.initial_variables("resnet50", session.size)
+    device = where()
+    batches = programs.peer_batches(batch, session.size, session.model)
     peers = {}
-    for kind in dict.fromkeys(kind for case in STEPS[suite] for kind in case.peers):
+    # No two cases of a suite share a peer. The published step mixes differently, so
+    # its network is checked by the loss of the fair one.
+    kinds = {kind: case.peers[-1] for case in STEPS[suite] for kind in case.peers}
+    for kind, check in kinds.items():
         for compiled in (False, True):
             if compiled and (device == "cpu" or kind == "published"):
                 continue
@@ -178,10 +201,13 @@ def step_peers(session: Session, suite: str, batch: int) -> dict[str, Peer]:
                 peer_torch.make_step,
                 kind=kind,
                 batches=batches,
+                model=session.model,
+                check=check,
+                draw=programs.first_draw(batch, session.size),
                 device=device,
                 bf16=session.dtype == "bfloat16" and kind != "published",
                 compiled=compiled,
-                variables=variables,
+                variables=programs.initial_variables(session.model, session.size),
                 rate=0.001,
             )
             if not math.isfinite(peer.run(WARMUP)):
@@ -194,10 +220,10 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
     if not session.time_left("tta"):
         return
     if not session.model.startswith("resnet"):  # Others declare no prefix.
-        kinds = tuple(kind for kind in kinds if not kind.endswith(programs.REUSE))
+        kinds = tuple(kind for kind in kinds if not kind.endswith(voting.REUSE))
     if session.voting_images > 1:  # A thousand calls per call: minutes on a GPU.
-        kinds = tuple(kind for kind in kinds if kind != programs.LOOP)
-    made = programs.tta_programs(
+        kinds = tuple(kind for kind in kinds if kind != voting.LOOP)
+    made = voting.tta_programs(
         kinds, images=session.voting_images, size=session.size, **session.fields
     )
     contenders = [Contender(kind, program.run) for kind, program in made.items()]
@@ -210,6 +236,11 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
             Contender(n, lambda calls, run=peer.run: run(calls * each), peer.cpu)
             for n, peer in peers.items()
         ]
+    made["all"].about["wrong"] = wrong_values(
+        session.dtype,
+        made["all"].about["probs"],
+        {n: peer.about["probs"] for n, peer in peers.items()},
+    )
     rounds = session.interleave(contenders, warmup=1)
     for kind, program in made.items():
         add_row(
@@ -219,9 +250,9 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
             program,
             rounds,
             # With reuse most of a forward pass is not run: no floor of ours fits.
-            works=() if kind.endswith(programs.REUSE) else ("infer_folded",),
+            works=() if kind.endswith(voting.REUSE) else ("infer_folded",),
             forwards=program.about.get("forwards_per_image", 32.0),
-            compare={n: n for n in ("all", programs.LOOP) if n in made and n != kind}
+            compare={n: n for n in ("all", voting.LOOP) if n in made and n != kind}
             | {n: n for n in peers},
         )
     for peer in peers.values():
@@ -229,17 +260,18 @@ def measure_tta(session: Session, kinds: tuple[str, ...] = VOTING) -> None:
 
 
 def voting_peers(session: Session) -> dict[str, Peer]:
-    from tools import peer_torch
+    from tools import peer_voting
 
-    images = programs.peer_batches(session.voting_images, session.size)[0][0]
+    images = voting.voting_images(session.voting_images, session.size, session.model)
     return {
         kind: Peer(
-            peer_torch.make_voting,
+            peer_voting.make_voting,
             kind=kind,
             images=images,
-            device="cuda" if jax.default_backend() == "gpu" else "cpu",
+            model=session.model,
+            device=where(),
             bf16=session.dtype == "bfloat16" and kind == "batched",
-            variables=programs.initial_variables("resnet50", session.size),
+            variables=programs.initial_variables(session.model, session.size),
         )
         for kind in ("published", "batched")
     }
@@ -275,78 +307,6 @@ def measure_epoch(session: Session) -> None:
         )
 
 
-def measure_ops(session: Session) -> None:
-    """Forward and gradient of each rewritten operation against XLA's own.
-
-    These rows decide `models.lowering.AUTO` for a backend.
-    """
-    key, dtype = jax.random.key(0), jnp.dtype(session.dtype)
-    batch = min(session.batches)
-
-    def array(*shape):
-        return jax.random.normal(key, shape).astype(dtype)
-
-    side = session.size // 4
-    vector = jnp.ones(4 * side)
-    operations = {
-        "conv1x1, wide map": (lowering.conv, array(1, 1, 64, 256), (side, 64)),
-        "conv1x1, deep map": (
-            lowering.conv,
-            array(1, 1, 1024, 256),
-            (side // 4, 1024),
-        ),
-        "conv3x3, small map": (lowering.conv, array(3, 3, 512, 512), (2, 512)),
-        "stem": (
-            functools.partial(lowering.conv, stride=2, padding=3),
-            array(7, 7, 3, 64),
-            (session.size, 3),
-        ),
-        "depthwise 3x3": (lowering.conv, array(3, 3, 1, 4 * side), (side, 4 * side)),
-        "max_pool": (lambda x, _, **kw: lowering.max_pool(x, **kw), None, (side, 64)),
-        "batch_norm": (
-            lambda x, scale, **kw: lowering.batch_norm(x, scale, scale, eps=1e-5, **kw)[
-                0
-            ],
-            vector,
-            (side, 4 * side),
-        ),
-    }
-    for name, (operation, weights, (pixels, channels)) in operations.items():
-        if not session.time_left(f"op {name}"):
-            return
-        x = array(batch, pixels, pixels, channels)
-        made = {}
-        for variant in ("tuned", "xla"):
-            made[f"{name}, {variant}"] = op_program(operation, x, weights, variant)
-        rounds = session.interleave(
-            [Contender(n, program.run) for n, program in made.items()], warmup=2
-        )
-        tuned, naive = made
-        compare = {"naive": naive}
-        add_row(session, "op", tuned, made[tuned], rounds, compare=compare)
-
-
-def op_program(operation, x, weights, variant: str) -> programs.Program:
-    """Value and gradients of sum(op(x, weights)^2); a sum alone is linear, and XLA
-    would not run the forward pass."""
-
-    def loss(x, weights):
-        y = operation(x, weights, lowering=variant)
-        return jnp.square(y.astype(jnp.float32)).mean()
-
-    argnums = (0,) if weights is None else (0, 1)
-    compiled, about = programs.compile_timed(
-        jax.value_and_grad(loss, argnums), x, weights
-    )
-
-    def run(calls: int) -> None:
-        for _ in range(calls):
-            out = compiled(x, weights)
-        jax.block_until_ready(out)
-
-    return programs.Program(run, len(x), about)
-
-
 def measure_scale(session: Session) -> None:
     """Weak scaling over devices; on virtual CPU devices for correctness only."""
     for devices in (1, 2, 4, 8):
@@ -376,7 +336,9 @@ SUITES = {
     "smoke": measure_smoke,
     "tta": measure_tta,
     "epoch": measure_epoch,
+    "infer": measure_infer,
     "op": measure_ops,
+    "conv": measure_conv,
     "scale": measure_scale,
     "roof": lambda session: None,  # Measured before every run.
 }
