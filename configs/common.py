@@ -145,6 +145,7 @@ def get_config() -> ConfigDict:
     adapt.blocks = 9  # Residual blocks of a ResNet generator.
     adapt.pool = 100  # Generated images kept per discriminator; at least a batch.
     adapt.cycle_weight = 1.0  # CycleGAN's cycles, as CyCADA weighs them for digits.
+    adapt.content_weight = 1.0  # dranet: of relu4_2, for ImageNet's perceptual weights.
     adapt.style_weight = 5e3  # dranet: of Gram matrices; 5e4 and 1e4 with MNIST-M.
     adapt.generator_steps = 2  # dranet: steps of E, S and G for one of D.
     # dranet: weights of VGG-19 in torchvision's names (.pth .npz); "": random ones.

@@ -145,6 +145,8 @@ def short(config):
         config.train.eval_every_epochs = 0.5  # Where they stood when the budget ended.
         config.adapt.width = config.adapt.perceptual_width = 8
         config.adapt.blocks = 2
+    if config.method == "dranet":  # Whose perceptual network is random here.
+        config.adapt.content_weight = 30.0
     config.eval.bootstrap = 200
 
 

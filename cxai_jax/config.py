@@ -45,6 +45,7 @@ ADDED_FIELDS = {
     "adapt.blocks": 9,
     "adapt.pool": 100,
     "adapt.cycle_weight": 1.0,
+    "adapt.content_weight": 1.0,
     "adapt.style_weight": 5e3,
     "adapt.generator_steps": 2,
     "adapt.perceptual": "",

@@ -21,17 +21,16 @@ def main() -> None:
     print(f"{README.name}: {len(collected(RESULTS))} runs")
 
 
-def renewed(page: str, text: str) -> str:
-    """The page with the text between its two markers.
+def renewed(page: str, text: str, begin: str = BEGIN) -> str:
+    """The page with the text between a marker and the next END.
 
     Raises:
       ValueError: if a marker is missing.
     """
-    for marker in (BEGIN, END):
-        if page.count(marker) != 1:
-            raise ValueError(f"README.md must have one line {marker.strip()!r}")
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + text + END + rest.split(END)[1]
+    if page.count(begin) != 1 or END not in page.split(begin)[1]:
+        raise ValueError(f"README.md must have one line {begin.strip()!r}, and {END}")
+    before, rest = page.split(begin)
+    return before + begin + text + END + rest.split(END, 1)[1]
 
 
 def table(folder: Path) -> str:

@@ -10,7 +10,7 @@ from conftest import REPO
 
 from configs import common
 from cxai_jax.config import flatten
-from experiments import collect_result, results_table
+from experiments import collect_result, results_table, speed_table
 from tools import document_config
 
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
@@ -102,6 +102,17 @@ def test_the_readme_has_the_current_results():
     )
     with pytest.raises(ValueError, match="must have one line"):
         results_table.renewed("no markers", "")
+
+
+def test_the_readme_has_the_current_ratios_to_pytorch(tmp_path):
+    page, table = text("README.md"), speed_table.table(speed_table.RESULTS)
+    assert page == results_table.renewed(page, table, speed_table.BEGIN), (
+        "run python -m experiments.speed_table"
+    )
+    assert speed_table.table(tmp_path).splitlines()[-1].endswith("| -" * 7 + " |")
+    ratio = {"torch": {"median": 1.5, "min": 1.25, "max": 2}}
+    row = {"ratios": ratio, "noisy": True, "wrong": "loss 1, but torch 2"}
+    assert speed_table.cell(row, "torch") == "1.50 (1.25-2.00) noisy unequal"
 
 
 def test_the_picture_is_small():

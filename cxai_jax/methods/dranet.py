@@ -11,7 +11,8 @@ style of that makes a translation. A step updates, one after the other, as publi
 Bi-directional between source and target. With the stream `other` it is tri-directional:
 the source translates to and from both, which share all but discriminators and scales.
 Deviations: no label of a target trains a classifier of the reverse direction; without
-`config.adapt.perceptual` the fixed network has random weights; the discriminator of
+`config.adapt.perceptual` the fixed network has random weights, whose content differs
+little between images, so that a weight of 1 lets style carry all; the discriminator of
 USPS is as deep as the others; all pairs share one weight of style and one of fooling;
 the last state is scored, not the best on test images.
 """
@@ -233,9 +234,10 @@ def generator_loss(setting, state, params, images):
         terms["consistency"] += far(content, scaled[name]).mean()
         terms["consistency"] += far(style, styles[target]).mean()
         seen = maps(fake)
-        terms["content"] += adversarial.squared_difference(
-            looked[source][-1], seen[-1]
-        ).mean()
+        terms["content"] += (
+            adapt.content_weight
+            * adversarial.squared_difference(looked[source][-1], seen[-1]).mean()
+        )
         terms["style"] += adapt.style_weight * sum(
             adversarial.style_difference(a, b).mean()
             for a, b in zip(looked[target][:-1], seen[:-1], strict=True)

@@ -215,6 +215,7 @@ RULES: dict[str, Rule] = {
     "adapt.blocks": whole(1),
     "adapt.pool": whole(1),
     "adapt.cycle_weight": FROM_ZERO,
+    "adapt.content_weight": FROM_ZERO,
     "adapt.style_weight": FROM_ZERO,
     "adapt.generator_steps": whole(1),
     "adapt.perceptual": TEXT,
