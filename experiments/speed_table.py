@@ -2,8 +2,8 @@
 
 python -m experiments.speed_table
 
-How many times as fast as PyTorch ours is: the median over interleaved rounds, lowest and
-highest in brackets. The files are those of `python -m tools.benchmark --peer=torch`.
+How many times as fast as PyTorch ours is: the median over interleaved rounds, lowest
+and highest in brackets. The files are those of `python -m tools.benchmark --peer=torch`.
 """
 
 import json

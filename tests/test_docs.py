@@ -109,7 +109,7 @@ def test_the_readme_has_the_current_ratios_to_pytorch(tmp_path):
     assert page == results_table.renewed(page, table, speed_table.BEGIN), (
         "run python -m experiments.speed_table"
     )
-    assert speed_table.table(tmp_path).splitlines()[-1].endswith("| -" * 7 + " |")
+    assert speed_table.table(tmp_path).splitlines()[-1].endswith(" | -" * 7 + " |")
     ratio = {"torch": {"median": 1.5, "min": 1.25, "max": 2}}
     row = {"ratios": ratio, "noisy": True, "wrong": "loss 1, but torch 2"}
     assert speed_table.cell(row, "torch") == "1.50 (1.25-2.00) noisy unequal"
