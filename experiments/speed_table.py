@@ -3,7 +3,7 @@
 python -m experiments.speed_table
 
 How many times as fast as PyTorch ours is: the median over interleaved rounds, lowest
-and highest in brackets. The files are those of `python -m tools.benchmark --peer=torch`.
+and highest in brackets. The files are of `python -m tools.benchmark --peer=torch`.
 """
 
 import json
