@@ -220,8 +220,8 @@ def fair_step(network, images, labels, mode: str, draw: tuple):
     )
     # The mass of the upsampled map over each cell's pixels.
     count = relevance.shape[-1]
-    side = 32 * count
-    windows = interpolation(side, count, images.device).reshape(count, 32, -1).sum(1)
+    windows = interpolation(STRIDE * count, count, images.device)
+    windows = windows.reshape(count, STRIDE, -1).sum(1)
     ranked = (windows @ relevance @ windows.T).flatten(1)
     cells = torch.cat([ranked.topk(2).indices, (-ranked).topk(2).indices], dim=1)
     flat = features.flatten(2).transpose(1, 2)
