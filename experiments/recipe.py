@@ -1,12 +1,15 @@
 """What each part of the training recipe is worth, one changed at a time.
 
 python -m experiments.recipe --data_dir=data --budget_minutes=60
+python -m experiments.recipe --data_dir=data --official --start=baseline,lite0,short
 
-Lite0 with ImageNet weights on site B. Every run is scored on the validation part of its
-fold (config.data.test=val); the fold's test images are neither trained on nor scored.
-The folds divide all of site B, so a recipe that is chosen here must not be judged by
-those folds again. Runs are kept and continued as in `compare`: one small file each in
-results/recipe/PIXELS/, the table beside that folder.
+Lite0 with ImageNet weights on site B. Every run is scored on validation images
+(config.data.test=val); test images are neither trained on nor scored. The folds divide
+all of site B, so a recipe that is chosen by them must not be judged by those folds, nor
+by the official test; with --official the published train and validation parts alone are
+used, and the official test may judge. Runs are kept and continued as in `compare`: one
+small file each in results/recipe/PIXELS/ or official_PIXELS/, the table beside that
+folder.
 """
 
 import argparse
@@ -36,6 +39,13 @@ FACTORS = {  # Name -> the fields that only it changes.
     "smoothed labels": ("train.label_smoothing=0.1",),
     "intensity and rotation": ("augment.intensity=0.2", "augment.rotate=10"),
     "larger images": (),  # By a third; see `plan`.
+    "together": (  # What a longer run wants.
+        "train.epochs=24",
+        "train.ema=0.99",
+        "train.label_smoothing=0.1",
+        "augment.intensity=0.2",
+        "augment.rotate=10",
+    ),
 }
 
 
@@ -43,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", default="data", help="of prepared data")
     parser.add_argument("--factors", nargs="+", default=list(FACTORS))
+    parser.add_argument("--start", default=START, help="rows that factors change")
+    parser.add_argument("--official", action="store_true", help="no folds")
     parser.add_argument("--size", type=int, default=96, help="pixels")
     parser.add_argument("--seeds", default="0", help="with commas between")
     parser.add_argument("--folds", type=int, default=5)
@@ -50,17 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="of the workdirs; default runs/recipe")
     parser.add_argument("--list", action="store_true", help="say what is finished")
     options = parser.parse_args(arguments)
-    folder = RESULTS / str(options.size)
+    name = f"official_{options.size}" if options.official else str(options.size)
+    folder = RESULTS / name
     try:
         jobs = plan(
             options.factors,
             data_dir=options.data_dir,
             size=options.size,
             seeds=[int(seed) for seed in options.seeds.split(",")],
-            folds=options.folds,
+            folds=None if options.official else options.folds,
+            start=options.start,
         )
         if not options.list:
-            out = options.out or Path("runs", "recipe", str(options.size))
+            out = options.out or Path("runs", "recipe", name)
             compare.run_all(jobs, folder, out, minutes=options.budget_minutes)
         print(compare.listed(jobs, folder))
         runs = compare.balanced(compare.finished(jobs, folder))
@@ -77,9 +91,14 @@ def plan(
     data_dir: str,
     size: int,
     seeds: Sequence[int],
-    folds: int,
+    folds: int | None,
+    start: str = START,
 ) -> list[compare.Job]:
     """All runs, fold by fold; the first of `factors` is the reference.
+
+    Args:
+      folds: their number; None: the split as published.
+      start: the rows that the factors change.
 
     Raises:
       ValueError: for an unknown factor.
@@ -88,7 +107,7 @@ def plan(
         raise ValueError(f"{unknown[0]!r} is unknown; known: {', '.join(FACTORS)}")
     larger = compare.sized(round(size / 24) * 32)
     systems = {
-        name: "+".join((START, *(larger if name == "larger images" else FACTORS[name])))
+        name: "+".join((start, *(larger if name == "larger images" else FACTORS[name])))
         for name in factors
     }
     fields = [
