@@ -3,9 +3,10 @@
 python tools/prepare_data.py --dataset=cxr --source=DIR --data_dir=data
 python -m cxai_jax.main --config=configs/cxr.py:cheap,lite0
 
-Rows: baseline (cross-entropy alone), cheap (CAM and Grad-CAM agree), full (and the
-input gradient), mask (cheap, and their energy in the lungs). The alignment loss is a
-reconstruction of Purwita & Qomariyah (2021), whose network and data are not public.
+Rows: baseline (cross-entropy alone), linear_probe (and of the head alone), cheap (CAM
+and Grad-CAM agree), full (and the input gradient), mask (cheap, and their energy in the
+lungs); weighted and selected against imbalance. The alignment loss is a reconstruction
+of Purwita & Qomariyah (2021), whose network and data are not public.
 """
 
 from configs import common, rows
@@ -68,5 +69,6 @@ ROWS = {
     "mask": mask,
     "weighted": weighted,
     "selected": selected,
+    "linear_probe": rows.linear_probe,
     "lite0": rows.lite0,
 }

@@ -73,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="of the workdirs; default runs/NAME")
     parser.add_argument("--name", required=True, help="of folder and table in results/")
     parser.add_argument("--max_minutes", type=float, help="begin no run after that")
+    parser.add_argument(
+        "--average", action="store_true", help="the seeds' networks together, as well"
+    )
     parser.add_argument("--list", action="store_true", help="say what is finished")
     options = parser.parse_args(arguments)
     folder = RESULTS / options.name
@@ -95,6 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not all(cells.values()):
         sys.exit("not every row has a finished run: no table yet")
     runs = balanced(cells)
+    if options.average:
+        runs |= {
+            f"{system}, {len(by_seed)} networks averaged": paired.averaged(by_seed)
+            for system, by_seed in runs.items()
+            if len(by_seed) > 1
+        }
     table = paired.compare(runs)
     print(paired.describe(table))
     write_table(RESULTS / options.name, table, about(jobs, folder, runs))

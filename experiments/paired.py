@@ -44,6 +44,22 @@ def pool(parts: Sequence[dict]) -> dict:
     return constants | {name: value[order] for name, value in pooled.items()}
 
 
+def averaged(by_seed: dict[int, dict]) -> dict[str, dict]:
+    """One run, under "all": the mean of all seeds' probabilities, without votes.
+
+    It has no seed in common with any system, so `compare` takes no difference.
+
+    Raises:
+      ValueError: if they were tested on different images.
+    """
+    first, *others = (by_seed[seed] for seed in sorted(by_seed))
+    if any(run["names"].tolist() != first["names"].tolist() for run in others):
+        raise ValueError("networks of different test images cannot be averaged")
+    probs = np.mean([run["probs"] for run in (first, *others)], axis=0)
+    kept = {k: v for k, v in first.items() if k not in ("voted", "opposing")}
+    return {"all": kept | {"probs": probs, "chosen": probs.argmax(1)}}
+
+
 def compare(runs: dict[str, dict[int, dict]]) -> dict[str, dict]:
     """Every score of every system.
 

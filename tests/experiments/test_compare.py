@@ -138,6 +138,24 @@ def test_folds_are_pooled_and_overlap_is_an_error():
         paired.pool([two, two])
 
 
+def test_networks_are_averaged_before_they_decide():
+    labels = [1, 1, 0]
+    runs = {  # Each errs once, where the other is surer.
+        3: a_run(labels, [0.9, 0.4, 0.1], voted=[1, 0, 0]),
+        5: a_run(labels, [0.45, 0.8, 0.3], voted=[0, 1, 0]),
+    }
+    (seed,), (run,) = zip(*paired.averaged(runs).items(), strict=True)
+    assert seed == "all" and "voted" not in run
+    np.testing.assert_allclose(run["probs"][:, 1], [0.675, 0.6, 0.2])
+    table = paired.compare({"one": runs, "both": {seed: run}})
+    assert table["one"]["accuracy"]["mean"] == pytest.approx(2 / 3)
+    assert table["both"]["accuracy"]["mean"] == 1
+    assert "difference" not in table["both"]["accuracy"]
+    assert "both" in paired.describe(table)
+    with pytest.raises(ValueError, match="different test images cannot be averaged"):
+        paired.averaged({0: runs[3], 1: a_run(labels, [0, 0, 0], names=list("xyz"))})
+
+
 def test_only_what_all_systems_have_finished_is_compared():
     def cell(name):
         return a_run([1], [0.9], names=[name])
@@ -363,6 +381,23 @@ def test_a_campaign_goes_on_and_does_not_repeat(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_seeds_networks_are_averaged_on_demand(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    command = ["configs/demo.py", "--rows", "baseline", "--seeds=0,1", "--name=small"]
+    for job in jobs(("baseline",), seeds=(0, 1), folds=None):
+        compare.keep(
+            tmp_path / "small" / f"{job.name}.json", job, results(), predictions()
+        )
+    monkeypatch.setattr(compare, "run_all", lambda *args, **options: None)
+    for flags, names in (
+        ([], ["baseline"]),
+        (["--average"], ["baseline", "baseline, 2 networks averaged"]),
+    ):
+        compare.main([*command, *flags])
+        table = json.loads((tmp_path / "small.json").read_text())["table"]
+        assert list(table) == names
+
+
 def test_two_folds_of_a_real_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     command = ["configs/demo.py", "--rows", "baseline", "--folds=2", "--seeds=0"]
