@@ -3,7 +3,7 @@
 python -m experiments.imbalance --data_dir=data --size=96 --epochs=10
 python -m experiments.imbalance --data_dir=data --size=96 --epochs=10 \
     --name=imbalance_gentle --set optim.lr_trunk=0.0005 optim.lr_fresh=0.005
-python -m experiments.imbalance --data_dir=data --size=112 --epochs=20 --folds=5 \
+python -m experiments.imbalance --data_dir=data --size=160 --epochs=10 --folds=5 \
     --rows linear_probe,lite0 linear_probe,weighted,lite0 --name=imbalance_probe
 
 The rows of configs/cxr.py `baseline`, `weighted` (cross-entropy weighed by class) and
