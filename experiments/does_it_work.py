@@ -207,17 +207,23 @@ def verdicts(cells: dict[str, dict]) -> dict[str, dict]:
 
 
 def judged(gain: dict, by_seed: dict[int, dict]) -> dict:
-    """Verdict on "it helps" from a paired difference."""
-    word = "not decided"
-    if gain["low"] > 0:
+    """Verdict on "it helps" from a paired difference.
+
+    Where no prediction changed, resampling gives an interval without width; the bound
+    is then the rule of three, 3 / N at 95 % (Hanley and Lippman-Hand, 1983).
+    """
+    images = sum(len(run["labels"]) for run in by_seed.values())
+    word, seen = "not decided", gain["detectable"]
+    if gain["low"] == gain["high"] == 0:
+        word, seen = "not decided, nothing changed", 3 / images
+    elif gain["low"] > 0:
         word = "reproduced"
     elif gain["high"] <= 0:
         word = "refuted"
-    images = sum(len(run["labels"]) for run in by_seed.values())
     return {
         "verdict": f"{word}: {paired.shown(gain, '+')} points of accuracy over "
-        f"{images} test predictions; a difference of {100 * gain['detectable']:.1f} "
-        "would have been seen",
+        f"{images} test predictions; a difference of {100 * seen:.1f} would have been "
+        "seen",
         "difference": gain,
         "predictions": images,
     }
