@@ -95,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells = finished(jobs, folder)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    if options.list:
+        return
     if not all(cells.values()):
         sys.exit("not every row has a finished run: no table yet")
     runs = balanced(cells)
@@ -116,16 +118,29 @@ def fields_of(options: argparse.Namespace) -> list[str]:
 
 
 def sized(size: int) -> list[str]:
-    """Fields of an input of `size` pixels: its crop margin and its cells, 28 a side."""
+    """Fields of an input of `size` pixels: its crop margin, and cells, about 28 a side.
+
+    A cell's side divides `size`; of several as near to size / 28 the smaller is taken.
+    """
+    patch = min(
+        (side for side in range(1, size + 1) if size % side == 0),
+        key=lambda side: abs(side - size / 28),
+    )
     return [
         f"data.image_size={size}",
         f"data.resize={round(size * 15 / 14)}",
-        f"tta.patch={max(1, size // 28)}",
+        f"tta.patch={patch}",
     ]
 
 
 def fold_names(folds: int | None) -> list[str]:
-    """["1of5", ...], or [""] for the split as prepared."""
+    """["1of5", ...], or [""] for the split as prepared.
+
+    Raises:
+      ValueError: for fewer than two folds.
+    """
+    if folds is not None and folds < 2:
+        raise ValueError(f"--folds={folds}; expected 2 or more, or none of it")
     return [f"{i + 1}of{folds}" for i in range(folds)] if folds else [""]
 
 
@@ -178,20 +193,22 @@ def make_config(
     Raises:
       ValueError: for an unknown row or field, or a value of another type.
     """
-    rows, *own = system.split("+")
+    rows, *own = re.split(r"\+(?=[\w.]+=)", system)  # train+val is one value.
     config = load_config_file(f"{file}:{rows}{words}")
     known = flatten(json.loads(config.to_json()))
     for given in (*fields, *own):
-        field, equals, value = given.partition("=")
+        field, equals, text = given.partition("=")
         if not equals or field not in known:
             raise ValueError(
                 f"{given!r} is not FIELD=VALUE with a field of {file}; known: "
                 + ", ".join(known)
             )
         try:
-            value = ast.literal_eval(value)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):  # A word.
-            pass
+            value = text
+        if isinstance(known[field], str) and not isinstance(value, str):
+            value = text  # Class weights such as 1,3.
         if isinstance(known[field], float) and isinstance(value, int):
             value = float(value)
         try:
@@ -334,15 +351,28 @@ def listed(jobs: Sequence[Job], folder: Path) -> str:
 
 
 def finished(jobs: Sequence[Job], folder: Path) -> dict[str, dict]:
-    """system -> (seed, fold) -> the run as `paired.compare` wants it."""
+    """system -> (seed, fold) -> the run as `paired.compare` wants it.
+
+    Validation images are in more than one fold: there an image counts once a fold, and
+    without a known patient it is its own.
+
+    Raises:
+      ValueError: if a file is there that is of another config or version.
+    """
     cells = {job.system: {} for job in jobs}
     for job in jobs:
         path = folder / f"{job.name}.json"
         if path.exists():
             kept = kept_runs.read(path)
+            wanted = {"config": config_of(job), "versions": versions()}
+            kept_runs.check(path, kept, wanted)
             described = kept["data"]
             names = described["class_names"]
-            cells[job.system][job.seed, job.fold] = kept["predictions"] | {
+            found = kept["predictions"]
+            if job.fold and job.config.data.test != "test":
+                found["patients"] = paired.persons(found)
+                found["names"] = np.char.add(f"{job.fold} ", found["names"])
+            cells[job.system][job.seed, job.fold] = found | {
                 "positive": names.index(described["positive"]),
                 "site_names": described["site_names"],
                 "class_names": names,
@@ -359,7 +389,7 @@ def balanced(cells: dict[str, dict]) -> dict[str, dict[int, dict]]:
     Raises:
       ValueError: if the systems have no finished run in common.
     """
-    common = set.intersection(*(set(of) for of in cells.values()))
+    common = set.intersection(*(set(of) for of in cells.values())) if cells else set()
     if not common:
         raise ValueError(f"{', '.join(cells)} have no finished fold and seed in common")
     folds = {s: sorted(f for t, f in common if t == s) for s, _ in sorted(common)}

@@ -87,13 +87,19 @@ def check(path: Path, kept: dict, wanted: dict) -> None:
     Args:
       path: of its file.
       kept: what `read` returned.
-      wanted: "config" as a dict, "versions" and the data's "fingerprint".
+      wanted: "config" as a dict, "versions", and the data's "fingerprint" if known.
     """
-    reasons = differences(wanted["config"], kept["config"])
-    own, other = (of["versions"]["cxai-jax"] for of in (wanted, kept))
+    try:
+        reasons = differences(wanted["config"], kept["config"])
+        own, other = (of["versions"]["cxai-jax"] for of in (wanted, kept))
+        fingerprint = kept["data"]["fingerprint"]
+    except KeyError as error:
+        raise ValueError(
+            f"{path} is no file of a run (it lacks {error}); delete it to run it again"
+        ) from None
     if own != other:
         reasons.append(f"it is of cxai-jax {other}, this is {own}")
-    if wanted["fingerprint"] != kept["data"]["fingerprint"]:
+    if wanted.get("fingerprint", fingerprint) != fingerprint:
         reasons.append("its images or folds are others (data fingerprint)")
     if reasons:
         raise ValueError(

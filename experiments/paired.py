@@ -279,6 +279,7 @@ def pages(table: dict[str, dict]) -> list[Page]:
             [system, *(shown(v[n]) if n in v else "" for n in columns)]
             for system, v in table.items()
         ]
+        rows = [row for row in rows if any(row[1:])]  # Some never vote.
         found.append(
             (f"Scores {title}: mean ± sd over seeds (95 % interval)", [head, *rows])
         )
@@ -289,6 +290,7 @@ def pages(table: dict[str, dict]) -> list[Page]:
             ]
             for system, v in list(table.items())[1:]
         ]
+        rows = [row for row in rows if any(row[1:])]
         if rows:
             reference = next(iter(table))
             found.append(

@@ -77,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             out = options.out or Path("runs", "recipe", name)
             compare.run_all(jobs, folder, out, minutes=options.budget_minutes)
         print(compare.listed(jobs, folder))
-        runs = compare.balanced(compare.finished(jobs, folder))
+        if options.list:
+            return
+        cells = compare.finished(jobs, folder)
+        runs = compare.balanced({name: of for name, of in cells.items() if of})
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     table = paired.compare(runs)

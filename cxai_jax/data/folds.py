@@ -85,8 +85,9 @@ def assign(
     labels, part = records.labels, np.full(len(records), "train", "<U5")
     if site in ORDERED and (records.patients == "").all():
         scheme = "blocked"
-        order = np.array([ORDERED[site](name) for name in records.names])
-        fold = splits.blocked_folds(order, labels, count, seed)
+        numbers = np.array([ORDERED[site](name) for name in records.names])
+        order = splits.turned(numbers, labels, seed)
+        fold = splits.blocked_folds(order, labels, count)
         # Validation follows the test block, round the end, so that both together have
         # but two borders with train.
         turn = (fold - number) % count

@@ -137,19 +137,33 @@ def grouped_folds(
     return _fill(patients, label, wanted, seed)
 
 
-def blocked_folds(
-    numbers: np.ndarray, labels: np.ndarray, folds: int, seed: int = 0
-) -> np.ndarray:
-    """Folds of contiguous file numbers, per class.
-
-    Each class, sorted by number, is cut into `folds` equal runs. A seed other than 0
-    moves the cuts: the numbers then begin at a random place and go round.
+def turned(numbers: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """Places of the images within their class, from a random one on and round the end.
 
     Args:
       numbers: int [N], the order of acquisition, e.g. from the file names.
       labels: int [N].
+      seed: of the first place; 0 begins with the lowest number.
+
+    Returns:
+      int [N], 0 .. images of the class - 1.
+    """
+    place, random = np.empty(len(labels), int), np.random.default_rng(seed)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        ordered = members[np.argsort(np.asarray(numbers)[members], kind="stable")]
+        ordered = np.roll(ordered, -random.integers(len(ordered)) if seed else 0)
+        place[ordered] = np.arange(len(ordered))
+    return place
+
+
+def blocked_folds(places: np.ndarray, labels: np.ndarray, folds: int) -> np.ndarray:
+    """Folds of contiguous places: each class, in order, is cut into equal runs.
+
+    Args:
+      places: int [N], the order of acquisition, or what `turned` makes of it.
+      labels: int [N].
       folds: how many.
-      seed: of the place where the first run begins.
 
     Returns:
       int [N], 0 .. folds - 1.
@@ -157,7 +171,7 @@ def blocked_folds(
     Raises:
       ValueError: for more folds than images of a class.
     """
-    fold, random = np.empty(len(labels), int), np.random.default_rng(seed)
+    fold = np.empty(len(labels), int)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         if folds > len(members):
@@ -165,8 +179,7 @@ def blocked_folds(
                 f"{folds} folds of a class of {len(members)} images; ask for fewer "
                 "folds"
             )
-        ordered = members[np.argsort(np.asarray(numbers)[members], kind="stable")]
-        ordered = np.roll(ordered, -random.integers(len(ordered)) if seed else 0)
+        ordered = members[np.argsort(np.asarray(places)[members], kind="stable")]
         for number, run in enumerate(np.array_split(ordered, folds)):
             fold[run] = number
     return fold

@@ -151,8 +151,10 @@ def overfit(run: Run, fit: Records) -> Iterator[str]:
     config.method, config.mix.name, config.cpe.weight = "guided", "none", 0.0
     config.contrastive.weight = 0.0
     config.align.weight = config.align.mask_weight = 0.0
+    config.train.class_weights, config.train.label_smoothing = "none", 0.0
     config.augment.crop = "none"
     config.augment.hflip = config.augment.vflip = False
+    config.augment.rotate = config.augment.intensity = 0.0
     config.optim.schedule, config.optim.warmup = "constant", 0.0
     config.train.accumulate = 1
     size = max(min(config.train.batch_size, 32, len(fit)) // run.mesh.size, 1)

@@ -69,7 +69,7 @@ def test_blocked_folds_are_runs_of_numbers_in_each_class():
     assert fold[:52].tolist() == np.repeat(range(5), [11, 11, 10, 10, 10]).tolist()
     assert fold[52:].tolist() == np.repeat(range(5), [7, 6, 6, 6, 6]).tolist()
     # Another seed begins elsewhere: one run goes round the end.
-    moved = splits.blocked_folds(numbers, labels, 5, seed=3)[:52]
+    moved = splits.blocked_folds(splits.turned(numbers, labels, 3), labels, 5)[:52]
     assert np.sum(moved != np.roll(moved, 1)) == 5 and (moved != fold[:52]).any()
     with pytest.raises(ValueError, match="^32 folds of a class of 31 images; ask for"):
         splits.blocked_folds(numbers, labels, 32)
@@ -165,6 +165,20 @@ def test_site_a_has_blocks_with_validation_beside_the_test_block():
     assert numbers["test"] == list(range(64, 80)) and numbers["val"] == list(range(8))
     assert numbers["train"] == list(range(8, 64))
     assert "no patient ids" in found.leakage["verdict"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("fold", range(1, 6))
+def test_blocks_have_two_borders_with_train_wherever_they_begin(seed, fold):
+    names, labels = site_a()
+    given = dataset(names, labels, [""] * 160, ("site_a",))
+    found = folds.refold(given, f"{fold}of5", seed)
+    for kind in ("Covid", "Non-Covid"):
+        trained = np.zeros(80, bool)
+        for name in found.splits["train"].names:
+            if f"/{kind} " in name:
+                trained[sites.file_number(name)] = True
+        assert np.sum(trained != np.roll(trained, 1)) == 2
 
 
 def test_few_images_still_have_a_validation_part():

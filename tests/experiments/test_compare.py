@@ -206,6 +206,32 @@ def test_a_system_is_rows_and_fields():
         compare.make_config(file, "ful", [])
 
 
+def test_a_value_may_hold_a_plus_and_text_may_look_like_numbers():
+    config = compare.make_config(
+        "configs/siteB.py",
+        "full+data.fit=train+val+mix.prob=0.5",
+        ["train.class_weights=1,3", "data.fold='2of5'"],
+    )
+    assert (config.data.fit, config.mix.prob) == ("train+val", 0.5)
+    assert config.train.class_weights == "1,3" and config.data.fold == "2of5"
+
+
+@pytest.mark.parametrize("size", [28, 64, 96, 112, 128, 144, 152, 160, 224, 256])
+def test_cells_divide_the_image(size):
+    fields = dict(field.split("=") for field in compare.sized(size))
+    patch = int(fields["tta.patch"])
+    assert size % patch == 0 and 19 <= size // patch <= 38
+    if size % 28 == 0:
+        assert size // patch == 28
+
+
+def test_fewer_than_two_folds_are_one_line():
+    for folds in (-1, 0, 1):
+        with pytest.raises(ValueError, match=f"--folds={folds}; expected 2 or more"):
+            compare.fold_names(folds)
+    assert compare.fold_names(None) == [""]
+
+
 def jobs(systems=("baseline", "full"), seeds=(0,), folds=2, fields=()):
     return compare.plan(
         "configs/demo.py",
@@ -342,6 +368,37 @@ def test_a_field_that_came_later_has_its_old_meaning(tmp_path):
     kept = kept_runs.read(path)
     del kept["config"]["data"]["fold"]
     kept_runs.check(path, kept, wanted(job))
+
+
+def test_files_of_another_run_are_in_no_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    for job in jobs(("baseline",), folds=None):
+        path = tmp_path / "small" / f"{job.name}.json"
+        compare.keep(path, job, results(), predictions())
+    command = ["configs/demo.py", "--rows", "baseline", "--seeds=0", "--name=small"]
+    compare.main([*command, "--list"])
+    assert not (tmp_path / "small.json").exists()
+    with pytest.raises(SystemExit, match=r"config.train.epochs is 7.0 here and"):
+        compare.finished(jobs(("baseline",), folds=None), tmp_path / "small")
+        monkeypatch.setattr(compare, "run_all", lambda *args, **options: None)
+        compare.main([*command, "--epochs=7"])
+    assert not (tmp_path / "small.json").exists()
+    kept = json.loads(path.read_text())
+    del kept["versions"]
+    path.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match="is no file of a run .it lacks 'versions'."):
+        compare.finished(jobs(("baseline",), folds=None), tmp_path / "small")
+
+
+def test_validation_images_of_several_folds_are_pooled(tmp_path):
+    planned = jobs(("baseline",), fields=["data.test=val"])
+    for job in planned:  # The same images in both.
+        path = tmp_path / f"{job.name}.json"
+        compare.keep(path, job, results(), predictions())
+    cells = compare.finished(planned, tmp_path)
+    (pooled,) = compare.balanced(cells)["baseline"].values()
+    assert len(pooled["names"]) == 1000 and len(set(pooled["patients"])) == 250
+    assert pooled["names"][0].startswith("1of2 non-COVID/")
 
 
 def test_a_campaign_goes_on_and_does_not_repeat(tmp_path, monkeypatch):

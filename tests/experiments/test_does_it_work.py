@@ -118,14 +118,38 @@ def test_report_has_verdicts_tables_and_the_picture(tmp_path, monkeypatch, capsy
     assert "SnapMix helps: reproduced: +25.0" in said and "over 80 test pred" in said
     assert "both together help: refuted: -30.0" in said
     assert "voting helps: not decided, nothing changed: +0.0" in said
+    assert "the whole method helps, votes included: refuted: -30.0" in said
     assert "cpe: validation cross-entropy still falling in the last quarter" in said
     found = json.loads((tmp_path / "cpu_site_b_verdicts.json").read_text())
     assert "both together help, CPE as Eq. 1 is written" not in found["claims"]
-    assert found["images"] == {"0": 80} and found["runs"] == 10
+    rows = json.loads((tmp_path / "cpu_site_b_rows.json").read_text())
+    assert rows["images"] == {"0": 80} and rows["runs"] == 8
     assert "| snapmix | 95.0" in (tmp_path / "cpu_site_b_rows.md").read_text()
-    assert "| mixup | 70.0" in (tmp_path / "cpu_site_b_controls.md").read_text()
+    assert "| mixup | 70.0" in (tmp_path / "cpu_site_b_mixup.md").read_text()
     assert (tmp_path / "cpu_site_b_rows.tex").exists()
     assert (tmp_path / "cpu_curves.png").stat().st_size > 10_000
+
+
+def test_controls_of_different_folds_are_compared_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(does_it_work, "RESULTS", tmp_path)
+    jobs = plan(sites=["site_b"], seeds=[0], folds=2)
+    for job in jobs:
+        first = {"mixup": True, "full_raw": False}.get(job.system)
+        if job.system == "baseline" or first == (job.fold == "1of2"):
+            keep(tmp_path / "cpu", job, 0.7)
+    assert "both together help, CPE as Eq. 1 is written" in does_it_work.report(
+        jobs, tmp_path / "cpu"
+    )
+    for row, images in (("rows", 80), ("mixup", 40), ("full_raw", 40)):
+        found = json.loads((tmp_path / f"cpu_site_b_{row}.json").read_text())
+        assert found["images"] == {"0": images}
+    assert not (tmp_path / "cpu_site_b_cutmix.json").exists()
+
+
+def test_one_wrong_vote_refutes_nothing():
+    gain = {"mean": -0.001, "sd": None, "low": -0.004, "high": 0.0, "detectable": 0.004}
+    found = does_it_work.judged(gain, {0: {"labels": np.zeros(746)}})
+    assert found["verdict"].startswith("not decided: -0.1 (-0.4 to +0.0) points")
 
 
 def test_a_wide_interval_decides_nothing():

@@ -30,8 +30,9 @@ def records(labels, level=100):
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("check")
-    return workdir, check.check(small(), workdir).splitlines()
+    workdir, config = tmp_path_factory.mktemp("check"), small()
+    config.train.class_weights, config.augment.rotate = "auto", 10.0
+    return workdir, check.check(config, workdir).splitlines()
 
 
 def line(lines, start):
