@@ -390,6 +390,24 @@ def test_files_of_another_run_are_in_no_table(tmp_path, monkeypatch):
         compare.finished(jobs(("baseline",), folds=None), tmp_path / "small")
 
 
+def test_neighbouring_slices_of_site_a_are_drawn_together():
+    names = [f"COVID/Covid ({i}).png" for i in (1, 19, 20)]
+    names += ["non-COVID/Non-Covid (1).png", "a.png", "b.png"]
+    found = {
+        "names": np.array(names),
+        "patients": np.array(["", "", "", "", "p", ""]),
+        "sites": np.array([0, 0, 0, 0, 1, 1]),
+    }
+    stacks = compare.stacks(found, ["site_a", "site_b"]).tolist()
+    assert stacks == [
+        *["COVID/Covid stack 0"] * 2,
+        "COVID/Covid stack 1",
+        "non-COVID/Non-Covid stack 0",
+        "p",
+        "",
+    ]
+
+
 def test_validation_images_of_several_folds_are_pooled(tmp_path):
     planned = jobs(("baseline",), fields=["data.test=val"])
     for job in planned:  # The same images in both.
