@@ -21,13 +21,17 @@ from experiments import compare, paired
 
 RESULTS = Path(__file__).parent / "results" / "recipe"
 START = "full,lite0,short"
+ADAMW = ("optim.name=adamw", "optim.lr_trunk=0.0001", "optim.lr_fresh=0.001")
+MOVED = ("augment.intensity=0.2", "augment.rotate=10")
 FACTORS = {  # Name -> the fields that only it changes.
     "recipe": (),
     "lr / 3": ("optim.lr_trunk=0.001", "optim.lr_fresh=0.007"),
     "lr x 3": ("optim.lr_trunk=0.009", "optim.lr_fresh=0.06"),
     "constant lr": ("optim.schedule=constant",),
     "multistep": ("optim.schedule=multistep",),
-    "adamw": ("optim.name=adamw", "optim.lr_trunk=0.0001", "optim.lr_fresh=0.001"),
+    "adamw": ADAMW,
+    "adamw, lr x 3": (ADAMW[0], "optim.lr_trunk=0.0003", "optim.lr_fresh=0.003"),
+    "adamw, intensity and rotation": (*ADAMW, *MOVED),
     "half the epochs": ("train.epochs=6",),
     "twice the epochs": ("train.epochs=24",),
     "no weight decay": ("optim.weight_decay=0",),
@@ -37,14 +41,13 @@ FACTORS = {  # Name -> the fields that only it changes.
     "CPE grows over a third": ("cpe.ramp=0.33",),
     "CPE at 0.1": ("cpe.weight=0.1",),
     "smoothed labels": ("train.label_smoothing=0.1",),
-    "intensity and rotation": ("augment.intensity=0.2", "augment.rotate=10"),
+    "intensity and rotation": MOVED,
     "larger images": (),  # By a third; see `plan`.
     "together": (  # What a longer run wants.
         "train.epochs=24",
         "train.ema=0.99",
         "train.label_smoothing=0.1",
-        "augment.intensity=0.2",
-        "augment.rotate=10",
+        *MOVED,
     ),
 }
 
