@@ -184,6 +184,13 @@ def short(config):
     config.optim.warmup = 0.05
 
 
+def adamw(config):
+    """The optimiser that validation chose on site B behind `short` (experiments/recipe)."""
+    config.optim.name = "adamw"
+    config.optim.lr_trunk = 0.0003
+    config.optim.lr_fresh = 0.003
+
+
 def tta(config):
     """The paper's test-time voting."""
     config.tta.k = 31
@@ -197,7 +204,7 @@ ROWS = {
         *(series_adapter, parallel_adapter, frozen, ms_net),
         *(covidnet, redesign, sepnorm, sepnorm_contrastive),
         *(wang, wang_covidnet, liu),
-        *(linear_probe, lite0, short, tta),
+        *(linear_probe, lite0, short, adamw, tta),
     )
 }
 

@@ -1,15 +1,21 @@
-"""Writes the table under "## Results" of the README from experiments/results/*.json.
+"""Writes both tables under "## Results" of the README from experiments/results/.
 
 python -m experiments.results_table
+
+The runs that `collect_result` kept, and the verdicts of `does_it_work`.
 """
 
 import json
 from pathlib import Path
 
+from experiments import paired
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- The table is written by python -m experiments.results_table. -->\n"
 END = "<!-- End of the table. -->\n"
+CLAIMS = "<!-- The verdicts are written by python -m experiments.results_table. -->\n"
+SITES = {"site_b": "site B", "site_a": "site A"}
 HEAD = (
     "| data, split | method | backbone | test images | accuracy | F1 | AUC | after "
     "voting | leakage check | seed, device, versions |\n" + "|---" * 10 + "|\n"
@@ -17,7 +23,8 @@ HEAD = (
 
 
 def main() -> None:
-    README.write_text(renewed(README.read_text("utf-8"), table(RESULTS)), "utf-8")
+    page = renewed(README.read_text("utf-8"), table(RESULTS))
+    README.write_text(renewed(page, claims(RESULTS), CLAIMS), "utf-8")
     print(f"{README.name}: {len(collected(RESULTS))} runs")
 
 
@@ -39,6 +46,32 @@ def table(folder: Path) -> str:
     if not runs:
         return "No run has been collected yet.\n"
     return HEAD + "".join(row(name, results) for name, results in runs.items())
+
+
+def claims(folder: Path, profile: str = "cpu") -> str:
+    """The verdict on each claim of the CT paper, a column for each site."""
+    found, head = {}, ["claim"]
+    for site, title in SITES.items():
+        path = folder / "does_it_work" / f"{profile}_{site}_verdicts.json"
+        head.append(f"[{title}](experiments/results/does_it_work/{path.name})")
+        given = json.loads(path.read_text()) if path.exists() else {"claims": {}}
+        for claim, judged in given["claims"].items():
+            found.setdefault(claim, {})[site] = verdict(judged)
+    rows = [
+        [claim, *(cells.get(s, "-") for s in SITES)] for claim, cells in found.items()
+    ]
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def verdict(judged: dict) -> str:
+    """ "refuted: -6.4 ± 1.0 (-10.2 to -2.1) [5.8], N = 1,492"."""
+    word = judged["verdict"].split(":")[0]
+    gain = judged["difference"]
+    return (
+        f"{word}: {paired.shown(gain, '+')} [{100 * gain['detectable']:.1f}], "
+        f"N = {judged['predictions']:,}"
+    )
 
 
 def collected(folder: Path) -> dict[str, dict]:

@@ -104,6 +104,22 @@ def test_the_readme_has_the_current_results():
         results_table.renewed("no markers", "")
 
 
+def test_the_readme_has_the_current_verdicts(tmp_path):
+    page, table = text("README.md"), results_table.claims(results_table.RESULTS)
+    assert page == results_table.renewed(page, table, results_table.CLAIMS), (
+        "run python -m experiments.results_table"
+    )
+    gain = {"mean": -0.01, "sd": None, "low": -0.02, "high": 0.0, "detectable": 0.013}
+    judged = {"verdict": "refuted: ...", "difference": gain, "predictions": 1492}
+    folder = tmp_path / "does_it_work"
+    folder.mkdir()
+    claims = json.dumps({"claims": {"CPE helps": judged}})
+    (folder / "cpu_site_a_verdicts.json").write_text(claims)
+    assert results_table.claims(tmp_path).splitlines()[2:] == [
+        "| CPE helps | - | refuted: -1.0 (-2.0 to +0.0) [1.3], N = 1,492 |"
+    ]
+
+
 def test_the_readme_has_the_current_ratios_to_pytorch(tmp_path):
     page, table = text("README.md"), speed_table.table(speed_table.RESULTS)
     assert page == results_table.renewed(page, table, speed_table.BEGIN), (

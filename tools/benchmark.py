@@ -2,7 +2,7 @@
 
 How fast training and testing are here, as a share of what the machine allows: the
 headline is "% of floor", the time that a ResNet-50's kernels need at the measured copy
-and matrix-product rates (cxai_jax/roofline.py), over the time taken. Beside it stand
+and matrix-product rates (tools/roofline.py), over the time taken. Beside it stand
 ratios, taken within interleaved rounds, to the plain lowering and to PyTorch
 (tools/peer_torch.py, networks of timm). Rows on a CPU that others used meanwhile say
 "noisy".
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         "--malloc",
         choices=("keep", "default"),
         default="keep",
-        help="default: freed memory goes back to the kernel (host_memory.py)",
+        help="default: freed memory goes back to the kernel (host.py)",
     )
     parser.add_argument("--size", type=int, default=224, help="pixels, not of smoke")
     parser.add_argument(
