@@ -185,7 +185,7 @@ def short(config):
 
 
 def adamw(config):
-    """The optimiser that validation chose on site B behind `short` (experiments/recipe)."""
+    """After `short`: the optimiser that validation chose (experiments/recipe.py)."""
     config.optim.name = "adamw"
     config.optim.lr_trunk = 0.0003
     config.optim.lr_fresh = 0.003
