@@ -5,13 +5,11 @@ relative to the folder, other columns are not read. UTF-8, with or without a byt
 mark, lines ended as on any system.
 """
 
-import csv
-import io
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from cxai_jax.data import dicom, reading, splits
+from cxai_jax.data import dicom, reading, splits, tables
 from cxai_jax.data.plan import Plan, Source, by_frame, is_image
 from cxai_jax.data.positive import positive_class
 from cxai_jax.data.records import SPLITS
@@ -90,23 +88,22 @@ def plan_labels(
 
 def read_rows(table: Path) -> list[dict[str, str]]:
     """The rows, each cell stripped and checked; errors as in `plan_labels`."""
-    reader = csv.DictReader(io.StringIO(reading.read_text(table), newline=""))
-    columns = [(c or "").strip() for c in reader.fieldnames or ()]
-    if missing := [c for c in NEEDED if c not in columns]:
+    header, lines = tables.read_numbered(table)
+    named = {column.strip(): column for column in header}
+    if missing := [c for c in NEEDED if c not in named]:
         raise ValueError(
             f"{table} has no column {missing[0]!r}; expected the header "
             f"{','.join(NEEDED)}[,{','.join(OPTIONAL)}]"
         )
-    reader.fieldnames = columns
-    kept = [c for c in (*NEEDED, *OPTIONAL) if c in columns]
-    try:
-        rows = [{c: (row[c] or "").strip() for c in kept} for row in reader]
-    except csv.Error as error:
-        raise ValueError(f"{table}, after line {reader.line_num}: {error}") from None
-    if not rows:
+    kept = [c for c in (*NEEDED, *OPTIONAL) if c in named]
+    if not lines:
         raise ValueError(f"{table} lists no image")
-    seen = set()
-    for number, row in enumerate(rows, 2):
+    rows, seen = [], set()
+    for number, line in lines:
+        row = {c: (line[named[c]] or "").strip() for c in kept}
+        if row["file"]:
+            row["file"] = PurePosixPath(row["file"]).as_posix()  # ./a.png is a.png.
+        rows.append(row)
         place = f"{table}, line {number}: {row['file']!r}"
         for column in kept:
             if not row[column] and column != "patient":

@@ -32,19 +32,34 @@ def guarded_row(row: Mapping[str, str]) -> dict[str, str]:
     return {column: guarded(cell) for column, cell in row.items()}
 
 
-def read_rows(file: str | Path) -> list[dict[str, str | None]]:
+def read_rows(file: str | Path, strict: bool = True) -> list[dict[str, str | None]]:
     """The rows of a UTF-8 CSV file with a header; None where a line is cut short.
+
+    Args:
+      file: the table.
+      strict: False takes an open quote to end with the file, as a crash leaves it.
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if it is not UTF-8 or no CSV.
     """
-    reader = csv.DictReader(io.StringIO(reading.read_text(file), newline=""))
+    return [row for _, row in read_numbered(file, strict)[1]]
+
+
+def read_numbered(
+    file: str | Path, strict: bool = True
+) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
+    """The header, and the number of the last line of each of `read_rows` with it."""
+    text = io.StringIO(reading.read_text(file), newline="")
+    reader = csv.DictReader(text, strict=strict)
     try:
-        return list(reader)
+        rows = [(reader.line_num, row) for row in reader]
+        return list(reader.fieldnames or ()), rows
     except csv.Error as error:
-        name = reading.printable(file)
-        raise ValueError(f"{name}, after line {reader.line_num}: {error}") from None
+        raise ValueError(
+            f"{reading.printable(file)}, after line {reader.line_num}: {error}; mend "
+            "the quotes or the cell there"
+        ) from None
 
 
 def read_list(file: str | Path) -> list[str]:

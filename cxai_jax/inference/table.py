@@ -101,7 +101,7 @@ def read(
       ValueError: if it is no such table.
     """
     rows, columns = [], _columns(class_names, site_names)
-    for number, row in enumerate(tables.read_rows(path), 1):
+    for number, row in enumerate(tables.read_rows(path, strict=False), 1):
         if row.get("error", "damaged") != "":
             continue
         try:

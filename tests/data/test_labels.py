@@ -71,6 +71,39 @@ def test_images_that_are_not_listed_are_named(source):
     ]
 
 
+def test_paths_are_compared_as_paths(source):
+    rows = rows_of()
+    odd = [("./scans/größe 0.png", "Normal"), ("scans//größe 1.png", "TB"), *rows[2:]]
+    write(source, "file,label", odd)
+    plan = folder.plan_folder(source)
+    assert [s.name for s in plan.sources] == [name for name, _ in rows]
+    assert not plan.left_out
+    write(source, "file,label", [*rows, ("scans/./größe 7.png", "TB")])
+    with pytest.raises(ValueError, match="line 10: 'scans/größe 7.png' is listed tw"):
+        folder.plan_folder(source)
+
+
+@pytest.mark.parametrize(
+    "header,row,line",
+    [
+        ('file,"label', "a.png,TB", 0),
+        ('"file"s,label', "a.png,TB", 0),
+        ("file,label", '"scans/größe 7.png,TB', 9),
+    ],
+)
+def test_stray_quotes_are_one_line(source, header, row, line):
+    write(source, header, [*rows_of(), (row,)])
+    with pytest.raises(ValueError, match=f"labels.csv, after line {line}: ") as found:
+        folder.plan_folder(source)
+    assert "\n" not in str(found.value) and "mend the quotes" in str(found.value)
+
+
+def test_blank_lines_count_as_lines(source):
+    write(source, "file,label", [*rows_of(), (), (), ("scans/x.png", "TB")])
+    with pytest.raises(FileNotFoundError, match="line 12: 'scans/x.png' is not there"):
+        folder.plan_folder(source)
+
+
 FIRST = ("scans/größe 0.png", "TB")
 
 

@@ -47,16 +47,14 @@ def test_other_texts_stay_as_they_are(text):
             "after line 1: field larger than",
         ),
         (b"file,patient\nx,\xff\n", "byte 15 is not UTF-8"),
-        (b'file,patient\n"x,1\n', None),  # An open quote ends with the file.
+        (b'file,patient\na,1\n"x,1\ny,2\n', "after line 2: unexpected end of data"),
+        (b'file,"patient\nx,1\n', "after line 0: unexpected end of data"),
         (b"\xff\xfef\x00i\x00", "byte 0 is not UTF-8"),
     ],
 )
 def test_damage_names_the_table(tmp_path, content, message):
     path = tmp_path / "patients.csv"
     path.write_bytes(content)
-    if message is None:
-        assert tables.read_table(path, "file", "patient") == {"x,1": ""}
-        return
     with pytest.raises(ValueError, match=f"patients.csv.*{message}"):
         tables.read_table(path, "file", "patient")
     with pytest.raises(ValueError, match="patients.csv.*not UTF-8") as caught:
@@ -67,3 +65,12 @@ def test_damage_names_the_table(tmp_path, content, message):
     (tmp_path / "x.png").touch()
     (error,) = inputs.find([str(tmp_path)]).errors
     assert error[0] == str(path) and message in error[1]
+
+
+def test_what_a_crash_leaves_is_read_where_asked(tmp_path):
+    path = tmp_path / "predictions.csv"
+    path.write_bytes(b'file,flags,error\na,,\nb,"sma')
+    whole, cut = tables.read_rows(path, strict=False)
+    assert whole["error"] == "" and cut == {"file": "b", "flags": "sma", "error": None}
+    with pytest.raises(ValueError, match="predictions.csv, after line 2: "):
+        tables.read_rows(path)
