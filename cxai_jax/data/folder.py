@@ -13,11 +13,12 @@ else image-level, and labelled so.
 Where `labels.csv` lies in the folder it says everything instead, see labels.py. Two
 other layouts of public collections (Normal, Pneumonia, COVID) are read as they
 are: `train|val|test/class_name/*`, which gives the split, and `class_name/images/*`
-with lung masks of the same names in `class_name/masks/`.
+with lung masks of the same names in `class_name/masks/`; images in other folders of
+such a class are listed as left out.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -122,6 +123,12 @@ def plan_folder(
             for folder in dict.fromkeys(file.parent for file in files)
             for file in sorted(folder.iterdir())
             if not is_image(file)
+        ]
+        + [
+            (printable(file.relative_to(source)), "beside the folder images")
+            for root in roots.values()
+            for c in class_names
+            for file in _beside_images(root / c)
         ],
     )
 
@@ -130,7 +137,7 @@ def _split_folders(source: Path) -> dict[str, Path]:
     """Split -> folder of a `train|val|test/class_name` tree; {} for any other."""
     if not source.is_dir():
         return {}
-    folders = [f for f in sorted(source.iterdir()) if f.is_dir()]
+    folders = _folders(source)
     splits_ = {SPLIT_FOLDERS.get(f.name.lower(), ""): f for f in folders}
     holds_folders = all(any(g.is_dir() for g in f.iterdir()) for f in folders)
     if "train" not in splits_ or "" in splits_ or not holds_folders:
@@ -138,13 +145,46 @@ def _split_folders(source: Path) -> dict[str, Path]:
     if len(splits_) < len(folders):
         names = ", ".join(f.name for f in folders)
         raise ValueError(f"{source} holds the folders {names}: two are one split")
+    if loose := _loose(source):
+        raise ValueError(
+            f"{source} holds images ({loose[0]}) beside its split folders; expected "
+            f"{source}/train/CLASS_NAME/*.png: sort them in or move them out"
+        )
     return splits_
+
+
+def _folders(source: Path) -> list[Path]:
+    """The folders inside, sorted, without those that archives and systems add."""
+    return [
+        f
+        for f in sorted(source.iterdir())
+        if f.is_dir() and not f.name.startswith((".", "__MACOSX"))
+    ]
+
+
+def _loose(folder: Path) -> list[str]:
+    """The names of the images directly inside."""
+    return [printable(f.name) for f in sorted(folder.iterdir()) if is_image(f)]
 
 
 def _images_of(folder: Path) -> tuple[Path, str]:
     """Where a class keeps its images: the folder itself, or `images` in it."""
-    inner = folder / "images"
-    return (folder, "images") if inner.is_dir() else (folder.parent, folder.name)
+    if not (folder / "images").is_dir():
+        return folder.parent, folder.name
+    if loose := _loose(folder):
+        raise ValueError(
+            f"{folder} holds images ({loose[0]}) beside its folder images; expected "
+            f"{folder}/images/*.png: move them in or out"
+        )
+    return folder, "images"
+
+
+def _beside_images(folder: Path) -> list[Path]:
+    """Images that lie neither in `images` nor in `masks` of a class with `images`."""
+    if not (folder / "images").is_dir():
+        return []
+    others = [f for f in _folders(folder) if f.name not in ("images", "masks")]
+    return [f for other in others for f in sorted(other.rglob("*")) if is_image(f)]
 
 
 def _mask_of(file: Path) -> Path | None:
@@ -156,17 +196,12 @@ def _class_folders(source: Path) -> list[str]:
     layout = f"expected {source}/CLASS_NAME/*.png, one folder per class"
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; {layout}")
-    loose = [file.name for file in sorted(source.iterdir()) if is_image(file)]
-    if loose:
+    if loose := _loose(source):
         raise ValueError(
             f"{source} holds images directly ({loose[0]}); {layout}: point --source to "
             "the parent folder or sort them into class folders"
         )
-    folders = sorted(
-        f.name
-        for f in source.iterdir()
-        if f.is_dir() and not f.name.startswith((".", "__MACOSX"))  # No classes.
-    )
+    folders = [f.name for f in _folders(source)]
     for name in folders:
         if printable(name) != name:
             raise ValueError(
@@ -202,7 +237,8 @@ def _column(table: Path, column: str, names: Sequence[str]) -> dict[str, str] | 
         short.setdefault(Path(name).name, []).append(name)
     cells = {}
     for file, cell in tables.read_table(table, "file", column).items():
-        full = [file] if file in names else short.get(file, [])
+        path = PurePosixPath(file).as_posix()  # ./a.png is a.png.
+        full = [path] if path in names else short.get(path, [])
         if len(full) > 1:
             raise ValueError(
                 f"{table} names {file!r}, which is in several classes; write {full[0]}"

@@ -102,7 +102,7 @@ def is_series(folder: Path) -> bool:
 
 
 def class_files(source: Path, folder: str, series: bool = False) -> list[Path]:
-    """The image files (by suffix, sorted) directly inside `source/folder`.
+    """The image files (see `is_image`, sorted) directly inside `source/folder`.
 
     Args:
       source: the folder of the class folders.
@@ -137,11 +137,8 @@ def class_files(source: Path, folder: str, series: bool = False) -> list[Path]:
 
 
 def is_image(file: Path) -> bool:
-    """True for a file whose suffix promises an image, or DICOM without a suffix."""
-    if file.is_dir() or file.name.startswith(".") or file.name == "DICOMDIR":
+    """True for a file whose suffix promises an image, or DICOM of any name."""
+    if file.is_dir() or file.name.startswith(".") or file.name.upper() == "DICOMDIR":
         return False
-    if file.suffix.lower() in transforms.SUFFIXES:
-        return True
-    # Scanners name files by number: "1.2.840.113", "IM-0001", "00000001".
-    unnamed = not file.suffix or file.suffix[1:].isdecimal()
-    return unnamed and dicom.is_dicom(file)
+    # Scanners write "1.2.840.113", "IM-0001", "00000001", "a.IMA", "a.dicom".
+    return file.suffix.lower() in transforms.SUFFIXES or dicom.is_dicom(file)

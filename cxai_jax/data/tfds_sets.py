@@ -18,7 +18,14 @@ from ml_collections import ConfigDict
 from cxai_jax import progress
 from cxai_jax.data import digits, splits, transforms
 from cxai_jax.data.positive import positive_class
-from cxai_jax.data.records import Dataset, DatasetSpec, Mapped, Records, fingerprint
+from cxai_jax.data.records import (
+    Dataset,
+    DatasetSpec,
+    Mapped,
+    Records,
+    concatenate,
+    fingerprint,
+)
 
 FRAME = struct.Struct("<QI")  # Length of the record and its checksum.
 SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val"}
@@ -32,7 +39,8 @@ def load(data_config: ConfigDict) -> Dataset:
     """`tfds:NAME`, or `tfds:NAME/CONFIG`, from `data_dir` or ~/tensorflow_datasets.
 
     The newest version there counts. Where it has no split to test, that is `validation`
-    where it has one, else the images are split anew; `split_scheme` says so.
+    where it has one, else the images are split anew, those of all splits where none
+    has a known name; `split_scheme` says so.
 
     Raises:
       FileNotFoundError: if it was not prepared there.
@@ -52,17 +60,25 @@ def load(data_config: ConfigDict) -> Dataset:
     )
     known = {SPLITS[own]: own for own in builder.info.splits if own in SPLITS}
     parts, digests = {}, {}
-    for split, own in (known or {"train": next(iter(builder.info.splits))}).items():
+    for split, own in (known or {own: own for own in builder.info.splits}).items():
         examples = read_split(builder, own, image)
         parts[split], digests[split] = to_records(
             examples, f"{name}/{own}", image, label
         )
+    if not known:
+        parts = {"train": concatenate(list(parts.values()))}
+        digests = {"train": sum(digests.values(), [])}
     scheme = "official, from TFDS"
     if "test" not in parts and "val" in parts:
         parts["test"], digests["test"] = parts.pop("val"), digests.pop("val")
         scheme += "; its validation split is tested"
     if "test" not in parts:
         parts, digests, scheme = redrawn(parts["train"], digests["train"])
+        own = ", ".join(builder.info.splits)
+        if len(builder.info.splits) == 1:
+            scheme += ", drawn here: TFDS has one split"
+        else:
+            scheme += f", drawn here from {'train' if known else 'all'}: TFDS has {own}"
     return as_dataset(name, parts, digests, class_names, positive, scheme)
 
 
@@ -188,7 +204,7 @@ def _text(example: Mapping, names: Sequence[str]) -> str:
 
 
 def redrawn(records: Records, digests: Sequence[str]) -> tuple:
-    """Splits of the only one: patients kept whole where they are known."""
+    """The images split anew: patients kept whole where they are known."""
     scheme, chosen = splits.drawn(list(records.patients), records.labels)
     rows = {
         split: np.flatnonzero(np.asarray(chosen) == split)
@@ -196,7 +212,7 @@ def redrawn(records: Records, digests: Sequence[str]) -> tuple:
     }
     parts = {split: records.subset(mine) for split, mine in rows.items()}
     of = {split: [digests[i] for i in mine] for split, mine in rows.items()}
-    return parts, of, f"{scheme}, drawn here: TFDS has one split"
+    return parts, of, scheme
 
 
 def as_dataset(

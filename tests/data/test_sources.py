@@ -399,6 +399,46 @@ def test_wrong_folder_levels(tmp_path, capsys):
         assert "--name=" in tell
 
 
+def test_images_beside_the_layout_are_refused_or_listed(tmp_path, capsys):
+    where = f"--data_dir={tmp_path / 'd'}"
+    source = tmp_path / "s"
+    for k, name in enumerate(("healthy", "sick")):
+        for i in range(4):
+            picture(source / name / "images" / f"{i}.png", seed=10 * k + i)
+            picture(source / name / "masks" / f"{i}.png", seed=20 * k + i)
+    picture(source / "sick" / "more" / "deep" / "x.png")
+    plan = folder.plan_folder(source)
+    assert plan.left_out == [("sick/more/deep/x.png", "beside the folder images")]
+    picture(source / "sick" / "loose.png")
+    tell = fails(capsys, "--dataset=folder", f"--source={source}", where)
+    assert "sick holds images (loose.png) beside its folder images" in tell
+
+
+def test_split_folders_with_something_beside_them(tmp_path, capsys):
+    for k, part in enumerate(("train", "val", "test")):
+        make_folder(tmp_path / "s" / part, 2 + k)
+    for junk in (".git", "__MACOSX"):
+        picture(tmp_path / "s" / junk / "._x.png")
+    plan = folder.plan_folder(tmp_path / "s")
+    assert plan.split_scheme == "given (folders)" and len(plan.sources) == 18
+    picture(tmp_path / "s" / "loose.png")
+    where = f"--data_dir={tmp_path / 'd'}"
+    tell = fails(capsys, "--dataset=folder", f"--source={tmp_path / 's'}", where)
+    assert "holds images (loose.png) beside its split folders" in tell
+
+
+def test_tables_compare_paths_as_paths(tmp_path):
+    for name in ("healthy", "sick"):
+        picture(tmp_path / name / f"{name}.png")
+    table = tmp_path / "patients.csv"
+    table.write_text("file,patient\n./healthy/healthy.png,1\n./sick.png,2\n")
+    patients = [one.patient for one in folder.plan_folder(tmp_path).sources]
+    assert patients == ["1", "2"]
+    table.write_text("file,patient\nsick//sick.png,1\nsick/sick.png,2\n")
+    with pytest.raises(ValueError, match="lists 'sick/sick.png' twice"):
+        folder.plan_folder(tmp_path)
+
+
 def test_site_b_lists_must_fit_the_images(tmp_path):
     source = make_site_b(tmp_path)
     listing = source / "Data-split" / "COVID" / "testCT_COVID.txt"
@@ -544,6 +584,18 @@ def test_every_suffix_of_the_list_counts_as_an_image(tmp_path):
     for suffix in SUFFIXES:
         assert is_image(tmp_path / f"x{suffix.upper()}")
     assert not is_image(tmp_path / "Thumbs.db")
+
+
+def test_dicom_counts_as_an_image_whatever_its_suffix(tmp_path):
+    for name in ("a.dicom", "b.IMA", "c.v2", "IM-0001"):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM")
+        assert is_image(tmp_path / name)
+    for name in ("DICOMDIR", "dicomdir", ".a.IMA"):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM")
+        assert not is_image(tmp_path / name)
+    for content in (b"", b"file,patient\n" + b"x,1\n" * 99):
+        (tmp_path / "patients.csv").write_bytes(content)
+        assert not is_image(tmp_path / "patients.csv")
 
 
 def test_real_sites_have_the_published_counts(shared):

@@ -160,6 +160,26 @@ def test_a_set_of_one_split_is_split_by_patient(tmp_path):
         assert records.images[0].shape == (32 + number, 24 + number, 3)
 
 
+def test_splits_of_unknown_names_are_pooled_and_named(tmp_path):
+    rows = {"fold1": [lesion(i) for i in range(12)]}
+    rows["fold2"] = [lesion(i) for i in range(12, 24)]
+    prepare(tmp_path, "lesions", lesions, rows)
+    dataset = tfds_sets.load(config(tmp_path, "tfds:lesions"))
+    assert dataset.split_scheme == (
+        "patient-disjoint, drawn here from all: TFDS has fold1, fold2"
+    )
+    names = np.concatenate([records.names for records in dataset.splits.values()])
+    assert len(set(names)) == 24
+    assert {name.split("/")[1] for name in names} == {"fold1", "fold2"}
+    for records in dataset.splits.values():
+        number = int(records.names[-1].rpartition("im")[2].removesuffix(".jpg"))
+        assert records.images[-1].shape == (32 + number, 24 + number, 3)
+    rows = {"train": [lesion(i) for i in range(12)], "odd": [lesion(12)]}
+    prepare(tmp_path, "more", lesions, rows)
+    dataset = tfds_sets.load(config(tmp_path, "tfds:more"))
+    assert dataset.split_scheme.endswith("drawn here from train: TFDS has train, odd")
+
+
 def test_what_cannot_be_used_is_one_line(tmp_path):
     def cats(features):
         return lesions(features) | {
