@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from cxai_jax import disk
+from cxai_jax.data import transforms
 from cxai_jax.data.records import Records
 from cxai_jax.writer import read_json
 
@@ -87,6 +88,11 @@ def is_known(image: np.ndarray, hashes: np.ndarray) -> bool:
     return bool((np.bitwise_count(hashes ^ own).sum(1) <= SAME).any())
 
 
+def as_gray(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 1]: luma where uint8 [H, W, C] has colour, else as it is."""
+    return transforms.to_gray(image) if image.shape[-1] == 3 else image
+
+
 def describe(records: Records) -> dict:
     """Hashes and ranges of the training images, as JSON values.
 
@@ -99,7 +105,7 @@ def describe(records: Records) -> dict:
     """
 
     def read(i):
-        image = records.images[i]
+        image = as_gray(records.images[i])
         return difference_hash(image).tobytes().hex(), statistics(image)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -179,7 +179,7 @@ def overlap(records: Records, known: dict, input_size: int) -> dict:
     """
 
     def look(i):
-        return novelty.flags(records.images[i][..., :1], known, input_size)
+        return novelty.flags(novelty.as_gray(records.images[i]), known, input_size)
 
     with ThreadPoolExecutor() as pool:
         flags = list(pool.map(look, range(len(records))))

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from cxai_jax.data import novelty
+from cxai_jax.data import novelty, transforms
+from cxai_jax.data.records import Records
+from cxai_jax.inference import external
 
 
 def test_the_distance_is_that_to_the_fifth_neighbour():
@@ -53,3 +55,30 @@ def test_a_missing_or_damaged_file_says_what_to_do(tmp_path):
     np.savez(tmp_path / novelty.FEATURES, reference=np.ones(3), threshold=1.0)
     with pytest.raises(ValueError, match="is damaged"):
         novelty.load_features(tmp_path)
+
+
+def as_records(images):
+    rows = np.zeros(len(images), np.int32)
+    names = np.array([f"{i}.png" for i in range(len(images))])
+    return Records(images, rows, rows, np.full(len(images), ""), names)
+
+
+def test_colour_images_are_described_by_their_luma():
+    random = np.random.default_rng(2)
+    colour = [random.integers(0, 256, (40, 60, 3), np.uint8) for _ in range(3)]
+    gray = [transforms.to_gray(image) for image in colour]
+    described = novelty.describe(as_records(colour))
+    assert described == novelty.describe(as_records(gray))
+    means = [image.mean() for image in gray]
+    np.testing.assert_allclose(
+        described["ranges"]["brightness"], [min(means), max(means)]
+    )
+    deviations = [image.std() for image in gray]
+    np.testing.assert_allclose(
+        described["ranges"]["contrast"], [min(deviations), max(deviations)]
+    )
+    packed = [bytes.fromhex(one) for one in described["difference_hashes"]]
+    hashes = np.frombuffer(b"".join(packed), np.uint8).reshape(3, -1)
+    known = described | {"difference_hashes": hashes}
+    found = external.overlap(as_records(colour), known, 32)
+    assert found["seen_in_training"] == 3 and not found["flags"]
