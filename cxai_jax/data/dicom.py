@@ -23,7 +23,7 @@ def is_dicom(file: Path) -> bool:
     if not os.path.isfile(file):  # A FIFO would never end.
         return False
     try:
-        with file.open("rb") as stream:
+        with file.open("rb", buffering=0) as stream:  # No more than these bytes.
             return stream.read(132)[128:] == b"DICM"
     except OSError:
         return False
@@ -151,6 +151,9 @@ def decode(data: bytes, window: tuple[float, float] | None) -> list[np.ndarray]:
     if not any(f"{kind}PixelData" in header for kind in ("", "Float", "DoubleFloat")):
         raise ValueError("a DICOM file without pixels, such as a report or a plan")
     _check_codestreams(header)
+    if "PixelData" not in header:  # Floats have neither; VOI functions ask for both.
+        header.BitsStored = header.BitsAllocated
+        header.PixelRepresentation = 1
     try:
         frames = list(iter_pixels(header, allow_excess_frames=False))
     except RuntimeError as error:

@@ -1,13 +1,14 @@
 """DICOM folders: whose a file is, under a pseudonym, and files without a suffix."""
 
 import hashlib
+import io
 import json
 
 import numpy as np
 import pytest
 from test_transforms import dicom as dicom_bytes
 
-from cxai_jax.data import dicom, folder, prepare, store
+from cxai_jax.data import dicom, folder, prepare, store, transforms
 
 
 @pytest.fixture
@@ -156,3 +157,29 @@ def test_photometric_oddities_are_named(tags, said):
     found = dicom.oddities(dicom_bytes(np.eye(8, dtype=int), **tags))
     assert len(found) == len(said)
     assert all(one.startswith(words) for one, words in zip(found, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({}, [0, 64, 128, 255]),
+        ({"WindowCenter": 0.5, "WindowWidth": 1}, [0, 128, 255, 255]),
+        (
+            {"WindowCenter": 1, "WindowWidth": 2, "VOILUTFunction": "SIGMOID"},
+            [30, 69, 128, 225],
+        ),
+    ],
+)
+def test_floats_have_no_bits_stored(tags, expected):
+    pydicom = pytest.importorskip("pydicom")
+    values = np.array([[0, 0.5, 1, 2]], "<f4")
+    dataset = pydicom.dcmread(io.BytesIO(dicom_bytes(np.zeros((1, 4)), **tags)))
+    for key in ("PixelData", "BitsStored", "HighBit", "PixelRepresentation"):
+        delattr(dataset, key)
+    dataset.BitsAllocated, dataset.FloatPixelData = 32, values.tobytes()
+    dataset.Modality = "OT"
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    assert transforms.memory(file.getvalue()) > 0
+    (gray,) = transforms.decode_frames(file.getvalue(), "a.dcm")
+    assert gray[0].tolist() == expected
