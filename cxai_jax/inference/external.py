@@ -1,5 +1,6 @@
 """External validation: a finished run on data of another origin (`--mode=eval --on=`).
 
+`--on` names a data set as config.data.name does, or the path of a prepared one.
 Nothing is fitted to the new images: weights, temperature, thresholds and prediction
 sets are those that the run chose on its own validation images. Everything is written to
 `WORKDIR/eval/NAME`; the run's own files stay as they are.
@@ -8,6 +9,7 @@ sets are those that the run chose on its own validation images. Everything is wr
 import dataclasses
 import json
 import logging
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,26 +42,38 @@ class Place(NamedTuple):
     dataset: str  # As config.data.name.
     splits: str  # As config.data.test.
     folder: str  # Under WORKDIR/eval.
+    data_dir: str = ""  # As config.data.data_dir; "" is that of the run.
 
 
 def parse(on: str) -> Place:
-    """ "folder:b", "site_a" or "site_a:train+val": a data set and its splits.
+    """A data set and its splits: "folder:b", "site_a:train+val" or "data/b:val".
 
     Raises:
-      ValueError: for an unknown data set, or a word too many.
+      ValueError: for an unknown data set, a path without a prepared one, or a word too
+        many.
     """
     kind, *words = on.split(":")
-    named = [words.pop(0)] if kind == "folder" and words else []
+    data_dir = ""
+    if kind in data.DATASETS:
+        named = [words.pop(0)] if kind in data.NAMED and words else []
+    elif kind and any(Path(kind).glob("*/*/summary.json")):
+        path = Path(os.path.abspath(kind))
+        data_dir, kind = str(path.parent), path.name
+        named = []
+        if kind not in data.DATASETS:
+            kind, named = "folder", [kind]
     splits = words.pop(0) if words else "test"
-    name = ":".join([kind, *named])
     if kind not in data.DATASETS or words or not splits:
         raise ValueError(
-            f"--on={on}: name a prepared data set, {', '.join(data.DATASETS)} or "
-            "folder:NAME, and after a colon its splits where they are not `test`, for "
-            "example site_a:val+test"
+            f"--on={on}: name a prepared data set, {', '.join(data.DATASETS)}, "
+            "folder:NAME, tfds:NAME or the path DATA_DIR/NAME of one, and after a "
+            "colon its splits where they are not `test`, for example site_a:val+test"
         )
-    label = (named or [kind])[0] + ("" if splits == "test" else f"_{splits}")
-    return Place(name, splits, re.sub(r"[^\w.+-]", "_", label))
+    name = ":".join([kind, *named])
+    # Names have no @, so no two data sets and splits share a folder.
+    label = re.sub(r"[^\w.-]", "@", name.removeprefix("folder:"))
+    label += "" if splits == "test" else f"@{splits}"
+    return Place(name, splits, label, data_dir)
 
 
 def score_external(config: ConfigDict, workdir: Path, on: str) -> tuple[Path, dict]:
@@ -119,6 +133,7 @@ def scored_config(config: ConfigDict, place: Place) -> ConfigDict:
     """The run's config with the other data in the place of its own."""
     changed = ConfigDict(config.to_dict())
     changed.data.update(name=place.dataset, split="", fold="")
+    changed.data.data_dir = place.data_dir or config.data.data_dir
     named = [f"{place.dataset}:{split}" for split in place.splits.split("+")]
     changed.data.test = "+".join(named)
     return changed

@@ -102,7 +102,7 @@ def test_another_hospital_is_scored_with_what_the_run_fixed(hospital):
 def test_splits_of_the_other_data(hospital):
     _, config, workdir = hospital
     out, results = score_external(read_config(workdir), workdir, "phantom:val")
-    assert out.name == "phantom_val"
+    assert out.name == "phantom@val"
     count = len(data.load(config.data).splits["val"])
     assert results["metrics"]["all"]["number"] == count
     assert results["overlap"]["seen_in_training"] == 0
@@ -114,17 +114,40 @@ def test_splits_of_the_other_data(hospital):
     "on,place",
     [
         ("folder:b", ("folder:b", "test", "b")),
-        ("folder:b:val+test", ("folder:b", "val+test", "b_val+test")),
+        ("folder:b:val+test", ("folder:b", "val+test", "b@val+test")),
+        ("folder:b_val", ("folder:b_val", "test", "b_val")),
         ("site_b", ("site_b", "test", "site_b")),
-        ("site_b:train", ("site_b", "train", "site_b_train")),
+        ("site_b:train", ("site_b", "train", "site_b@train")),
+        ("tfds:chest", ("tfds:chest", "test", "tfds@chest")),
+        ("tfds:chest:val", ("tfds:chest", "val", "tfds@chest@val")),
     ],
 )
 def test_what_on_names(on, place):
-    assert parse(on) == place
+    assert parse(on) == (*place, "")
 
 
-@pytest.mark.parametrize("on", ["", "nowhere", "site_b:a:b", "site_b:", "runs/b"])
-def test_what_is_no_data_set(on):
+def test_the_path_of_a_prepared_data_set(hospital, tmp_path, monkeypatch):
+    root, config, workdir = hospital
+    config = config.copy_and_resolve_references()
+    config.data.data_dir = str(tmp_path / "none")
+    out, results = score_external(config, workdir, f"{root}/data/b:test")
+    assert out == workdir / "eval" / "b" and results["data"]["name"] == "b"
+    monkeypatch.chdir(root / "data")
+    assert parse("b:val") == ("folder:b", "val", "b@val", str(root / "data"))
+    monkeypatch.chdir("b")
+    assert parse(".") == ("folder:b", "test", "b", str(root / "data"))
+    summary = tmp_path / "site_b" / "official" / "1.0.0" / "summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.touch()  # Of a data set with a name of its own.
+    place = ("site_b", "test", "site_b", str(tmp_path))
+    assert parse(f"{tmp_path}/site_b/") == place
+
+
+@pytest.mark.parametrize(
+    "on", ["", "nowhere", "site_b:a:b", "site_b:", "runs/b", "tests", "tfds:a:b:c"]
+)
+def test_what_is_no_data_set(on, monkeypatch):
+    monkeypatch.chdir(REPO)
     with pytest.raises(ValueError, match=f"^--on={on}: name a prepared data set"):
         parse(on)
 
