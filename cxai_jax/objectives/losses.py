@@ -62,8 +62,8 @@ def uniform_cross_entropy(logits: Array) -> Array:
 
 
 def parse_class_weights(text: str) -> tuple[float, ...]:
-    """ "1,3" or "(1, 3)" -> (1.0, 3.0); a ValueError for anything but numbers."""
-    return tuple(map(float, text.strip("()").rstrip(",").split(",")))
+    """ "1,3", "(1, 3)" or "[1, 3]" -> (1.0, 3.0); else a ValueError."""
+    return tuple(map(float, text.strip("()[] ").rstrip(", ").split(",")))
 
 
 def contrastive_patch_embedding(

@@ -37,7 +37,7 @@ def test_patience_counts_from_the_best_and_0_never_stops():
     assert not selection.stopped(config, curve(0.6, 0.5, 0.5))
 
 
-@pytest.mark.parametrize("given", ["auto", "1,3", "(2, 6)"])
+@pytest.mark.parametrize("given", ["auto", "1,3", "(2, 6)", "[1,3]", "[1, 3,]"])
 def test_the_mean_weight_over_the_images_is_1(given):
     labels = np.array([0] * 9 + [1] * 3)
     weights = np.array(list(map(float, class_weights(given, labels, 2).split(","))))
