@@ -96,6 +96,7 @@ def config_path(name: str) -> Path:
 
     Raises:
       FileNotFoundError: if there is neither, listing what there is.
+      ValueError: for a file that is no Python program.
     """
     if "\\" in name:
         raise FileNotFoundError(
@@ -105,8 +106,15 @@ def config_path(name: str) -> Path:
     path = Path(name)
     packaged = PACKAGED / f"{path.stem}.py"
     if path.is_file():
+        if path.suffix != ".py":
+            raise ValueError(
+                f"{name} is no .py or .json config; write --config=FILE.py, or "
+                "--config=FILE.json without rows"
+                + (f", or --config=configs/{packaged.name}" * packaged.is_file())
+            )
         return path
-    if str(path.parent) in (".", "configs") and packaged.is_file():
+    named = str(path.parent) in (".", "configs") and path.suffix in ("", ".py")
+    if named and packaged.is_file():
         return packaged
     known = ", ".join(sorted(p.stem for p in PACKAGED.glob("*.py")))
     beside = sorted(str(p) for p in path.parent.glob("*.py"))
@@ -158,7 +166,7 @@ def check_overrides(arguments: list[str], config: ConfigDict) -> None:
         field = field.removeprefix("config.")
         if field not in known:
             raise ValueError(
-                f"--config.{field} is not a field; {_nearest(field, known)}"
+                f"--config.{field} is not a field; {nearest(field, known)}"
             )
         wanted = unreadable(text, known[field]) if given else ""
         if wanted:
@@ -176,7 +184,7 @@ def update_from_json(config: ConfigDict, path: str) -> None:
     for field, value in flatten(read_json(Path(path))).items():
         if field not in known:
             raise ValueError(
-                f"{path}: {field!r:.80} is not a field; {_nearest(field, known)}"
+                f"{path}: {field!r:.80} is not a field; {nearest(field, known)}"
             )
         default = known[field]
         if isinstance(default, tuple) and isinstance(value, list):
@@ -195,7 +203,7 @@ def update_from_json(config: ConfigDict, path: str) -> None:
     config.update_from_flattened_dict(changes)
 
 
-def _nearest(field: str, known: dict) -> str:
+def nearest(field: str, known: dict) -> str:
     """The fields that may have been meant, first those of a similar name."""
     group = field.rpartition(".")[0]
     near = difflib.get_close_matches(field[:80], known, n=3)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all; full and read-only disks in one line."""
+"""Files that are written whole or not at all; what keeps them from it in one line."""
 
 import contextlib
 import errno
@@ -22,6 +22,12 @@ CLOSED = {
     errno.EACCES: "there is no permission to write",
     errno.EPERM: "there is no permission to write",
 }
+MISPLACED = {
+    errno.EEXIST: "there is a file where a folder is needed",
+    errno.ENOTDIR: "there is a file where a folder is needed",
+    errno.EISDIR: "there is a folder where a file is needed",
+}
+TOLD = FULL | CLOSED | MISPLACED
 
 
 class DiskError(OSError):
@@ -70,7 +76,7 @@ def writing(path: Path, size: int) -> Iterator[None]:
     except Exception as error:
         if not (code := code_of(error)):
             raise
-        told = f"{path}: {(FULL | CLOSED)[code]}"
+        told = f"{path}: {TOLD[code]}"
         if code in FULL:
             told += f": {size:,} bytes to write"
         if (
@@ -80,16 +86,22 @@ def writing(path: Path, size: int) -> Iterator[None]:
         raise DiskError(code, told) from error
 
 
-def explain(error: OSError) -> str:
-    """One line of an error of the disk; "" of any other."""
-    if isinstance(error, DiskError):
-        return error.strerror
+def explain(error: OSError, then: str = "") -> str:
+    """One line of an error of the disk; "" of any other.
+
+    `then` says how to go on once the path can be written.
+    """
     code = code_of(error)
     if not code:
         return ""
     path = Path(error.filename or ".")
     free = f"; {_free(path):,} bytes are free there" if code in FULL else ""
-    return f"{path}: {(FULL | CLOSED)[code]}{free}"
+    told = f"{path}: {TOLD[code]}{free}"
+    if isinstance(error, DiskError):
+        told = error.strerror
+    if code in MISPLACED:
+        then = "choose another path"
+    return f"{told}; {then}" if then else told
 
 
 def quiet_callbacks() -> None:
@@ -118,15 +130,20 @@ def check(folder: Path) -> None:
                 probe.unlink(missing_ok=True)
 
 
+def nearest(path: Path) -> Path:
+    """The path, or where there is nothing yet the nearest one above it."""
+    return next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+
+
 def code_of(error: BaseException) -> int:
-    """The error number, if it is one of a full or closed disk, or 0.
+    """The error number, if it is one of `TOLD`, or 0.
 
     TensorStore, below orbax, has it in the text of a ValueError.
     """
     code = getattr(error, "errno", None) or 0
     if found := re.search(r"os_error_code='(\d+)'", str(error)):
         code = int(found[1])
-    return code if code in FULL | CLOSED else 0
+    return code if code in TOLD else 0
 
 
 def _free(path: Path) -> int:

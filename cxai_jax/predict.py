@@ -83,9 +83,9 @@ def command() -> int:
     except OSError as error:
         from cxai_jax import disk
 
-        if not (told := disk.explain(error)):
+        if not (told := disk.explain(error, "--resume continues")):
             raise
-        print(f"error: {told}; --resume continues", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT

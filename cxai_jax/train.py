@@ -28,7 +28,9 @@ MODE = flags.DEFINE_enum(
     "Train and score; score a checkpoint; or check everything without a run.",
 )
 ON = flags.DEFINE_string(
-    "on", "", "With --mode=eval: other data, as folder:NAME; results in eval/NAME."
+    "on",
+    "",
+    "With --mode=eval: other data, as folder:NAME or their path; results in eval/NAME.",
 )
 FORCE_RESUME = flags.DEFINE_bool(
     "force_resume", False, "Continue a run although its data have changed since."
@@ -46,6 +48,7 @@ HOST_TIMEOUT_S = flags.DEFINE_float(
 )
 # What a one-line message explains; anything else is a bug and keeps its traceback.
 EXPLAINED = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
+CONTINUES = "the same command continues once it can be written"
 
 
 def main(_) -> None:
@@ -73,9 +76,9 @@ def main(_) -> None:
     except EXPLAINED as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if not (told := disk.explain(error)):
+        if not (told := disk.explain(error, CONTINUES)):
             raise
-        sys.exit(f"error: {told}; the same command continues once it can be written")
+        sys.exit(f"error: {told}")
     except KeyboardInterrupt as error:  # Where nothing listens, or the second signal.
         signals.stop(error.args[0] if error.args else signal.SIGINT, "at once")
     except jax.errors.JaxRuntimeError as error:

@@ -170,6 +170,19 @@ def test_a_config_is_a_file_or_the_name_of_one_in_the_package(tmp_path, monkeypa
         config_path("x/demo.py")
 
 
+@pytest.mark.parametrize("name", ["my.yaml", "demo", "demo.yaml", "my.json"])
+def test_a_file_that_is_no_python_is_no_config(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    if name != "demo":
+        with pytest.raises(FileNotFoundError, match=f"^{name} does not exist; found"):
+            load_config_file(name)
+    (tmp_path / name).write_text("seed: 3")
+    with pytest.raises(ValueError, match=f"^{name} is no .py or .json config") as error:
+        load_config_file(name)
+    assert "\n" not in str(error.value)
+    assert ("configs/demo.py" in str(error.value)) == name.startswith("demo")
+
+
 def test_a_file_that_is_no_config_says_so():
     with pytest.raises(ValueError, match=r"rows.py has no get_config\(\)"):
         load_config_file("configs/rows.py")

@@ -78,6 +78,23 @@ def test_an_error_of_python_itself_is_explained():
     assert disk.explain(FileNotFoundError(errno.ENOENT, "no", "/x")) == ""
 
 
+def test_a_file_in_the_way_of_a_folder_is_explained(tmp_path):
+    (tmp_path / "a").touch()
+    for path in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(OSError) as error:
+            path.mkdir(parents=True)
+        told = f"{path}: there is a file where a folder is needed"
+        assert disk.explain(error.value) == f"{told}; choose another path"
+        assert disk.explain(error.value, "go on") == f"{told}; choose another path"
+    (tmp_path / "c").mkdir()
+    with pytest.raises(disk.DiskError, match="a folder where a file is needed"):
+        disk.write(tmp_path / "c", "x")
+    assert disk.nearest(tmp_path / "d" / "e") == tmp_path
+    assert disk.nearest(tmp_path / "a" / "b") == tmp_path / "a"
+    full = OSError(errno.EROFS, "Read-only file system", "/x")
+    assert disk.explain(full, "go on") == "/x: the file system is read-only; go on"
+
+
 def test_a_folder_is_checked_before_long_work(tmp_path):
     disk.check(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ need the package flatbuffers, the bundle safetensors (both: extra `export`).
 """
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from cxai_jax import disk
 from cxai_jax.inference import bundle
 from cxai_jax.inference.predictor import Trained, chosen_sites, load
 from cxai_jax.types import Array
@@ -99,6 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"error: this needs {error.name}: pip install {error.name}\n")
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"error: {error}\n")
+    except OSError as error:
+        if not (told := disk.explain(error, "the same command begins anew")):
+            raise
+        parser.exit(2, f"error: {told}\n")
 
 
 def export_bundle(given: argparse.Namespace) -> str:
@@ -114,13 +120,18 @@ def export_file(given: argparse.Namespace) -> str:
     """Writes the StableHLO file; says what it takes and gives."""
     import flatbuffers  # noqa: F401 - jax needs it last, and does not say its name.
 
+    if given.out.is_dir():
+        raise ValueError(f"--out={given.out} is a folder; name a file to be written")
+    if not os.path.exists(given.out.parent):
+        raise ValueError(f"--out={given.out}: there is no such folder; make it first")
+    disk.check(given.out.parent)
     model = load(given.workdir)
     model.config.tta.k = given.votes
     sites = list(chosen_sites(model, given.site).values())
     if len(sites) > 1:
         raise ValueError("--site=each: a file is for one site; export one for each")
     data = export_model(model, site=sites[0] if sites else None).serialize()
-    given.out.write_bytes(data)
+    disk.write(given.out, data)
     size = model.config.data.image_size
     return (
         f"{given.out}: {len(data) / 1e6:.1f} MB, {', '.join(PLATFORMS)}, "

@@ -1,7 +1,9 @@
 """The exported file computes what the live model computes, and needs only jax."""
 
+import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from conftest import REPO
 from untrained_run import make_run
 
-from cxai_jax.inference import export, predictor
+from cxai_jax.inference import bundle, export, predictor
 from cxai_jax.voting import rules
 from cxai_jax.voting.forward import make_predict_step
 
@@ -90,6 +92,36 @@ def test_the_reader_needs_no_package_of_ours(run, tmp_path):
         check=True,
     ).stdout.splitlines()
     assert len(said) == 2 and said[0].startswith("0 ") and "COVID-19" in said[0]
+
+
+def test_a_place_that_cannot_be_is_refused_before_any_work(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(export, "load", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(bundle, "load", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / "file").touch()
+
+    def refused(option):
+        with pytest.raises(SystemExit) as stopped:
+            export.main([f"--workdir={tmp_path}", option])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.count("\n") == 1
+        return error
+
+    file = "there is a file where a folder is needed; choose another path"
+    assert "is a folder; name a file" in refused(f"--out={tmp_path}")
+    assert "there is no such folder" in refused(f"--out={tmp_path / 'none' / 'x'}")
+    assert file in refused(f"--out={tmp_path / 'file' / 'x'}")
+    assert file in refused(f"--bundle={tmp_path / 'file' / 'x'}")
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", denied)
+    for option in ("--out", "--bundle"):
+        told = refused(f"{option}={tmp_path / 'new'}")
+        assert f"error: {tmp_path}: there is no permission to write" in told
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_workdir_without_a_run_is_one_line(tmp_path, capsys):
