@@ -128,8 +128,8 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
     steps_per_epoch = plan.steps_per_epoch
     periods = {
         "log": max(1, config.log_every_steps),
-        "score": round(config.eval_every_epochs * steps_per_epoch),
-        "save": round(config.checkpoint_every_epochs * steps_per_epoch),
+        "score": steps_of(config.eval_every_epochs, steps_per_epoch),
+        "save": steps_of(config.checkpoint_every_epochs, steps_per_epoch),
     }
     pending, waiting, begun = [], 0.0, time.monotonic()
     saved_at, told = begun, (step, begun)
@@ -161,7 +161,7 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
                 here, keeps = (step, time.monotonic()), writer if due["log"] else None
                 log(run, plan, keeps, show, pending, told, here)
                 told, pending = here, [] if due["log"] else pending
-            if due["score"] and (periods["score"] or config.selection == "best_val"):
+            if due["score"] and periods["score"]:
                 score_curve(run, plan.method, writer, state, step)
                 if not last and selection.stopped(run.config, run.curve):
                     last = due["save"] = True
@@ -187,6 +187,11 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
             100 * share,
         )
     return state, step
+
+
+def steps_of(epochs: float, steps_per_epoch: int) -> int:
+    """A period in steps, at least one; 0 stays 0, never."""
+    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
 
 
 def log(run: Run, plan: Plan, writer, show, pending, told, here) -> None:

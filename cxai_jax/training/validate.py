@@ -14,7 +14,7 @@ import numpy as np
 
 from cxai_jax import mesh as meshes
 from cxai_jax import models
-from cxai_jax.config import flatten
+from cxai_jax.config import flatten, nearest
 from cxai_jax.data.pipeline import training_rows
 from cxai_jax.data.records import Records
 from cxai_jax.maps import saliency
@@ -33,6 +33,9 @@ def check_config(config) -> None:
       ValueError: for the first that is wrong: its name, its value, what is expected.
     """
     flat = flatten(config.to_dict())
+    for name in flat:
+        if name not in RULES:
+            raise ValueError(f"config.{name} is not a field; {nearest(name, RULES)}")
     for name, rule in RULES.items():
         if name not in flat:
             raise ValueError(f"the config has no field config.{name}; {rule.expected}")
@@ -109,6 +112,11 @@ def _together(config) -> Iterator[str]:
             f"config.train.patience={config.train.patience} counts evaluations, and "
             "config.train.eval_every_epochs is 0: set it, such as to 1"
         )
+    if config.train.selection == "best_val" and not config.train.eval_every_epochs:
+        yield (
+            "config.train.selection=best_val compares evaluations, and config.train."
+            "eval_every_epochs is 0, one at the end alone: set it, such as to 1"
+        )
     every = parts_of(config.align.input_grad_fraction)
     if _aligns(config) and batch // accumulate % every:
         yield (
@@ -157,6 +165,7 @@ def check_run(run) -> None:
             f"is not in config.data.fit={config.data.fit!r}; {run.dataset.name} has "
             f"{', '.join(run.dataset.splits)}"
         )
+    _check_selection(run)
     check_groups(config, network.variables["params"])
     for complaint in _on_the_grid(config, network):
         raise ValueError(complaint)
@@ -164,6 +173,23 @@ def check_run(run) -> None:
     with voting.unlocked():
         voting.k = max(voting.k, 1)  # It may be turned on later.
     prefix_crops(network.model, config.data.image_size, voting)
+
+
+def _check_selection(run) -> None:
+    """Of a validation split that lacks a class only the accuracy means anything."""
+    train = run.config.train
+    selects = train.selection == "best_val" or train.patience
+    if not selects or train.select_metric == "accuracy":
+        return
+    names = run.dataset.class_names
+    counts = np.bincount(run.validation.labels, minlength=len(names))
+    if not counts.all():
+        raise ValueError(
+            f"config.train.select_metric={train.select_metric} needs every class on "
+            f"validation, and the split `val` of {run.dataset.name} has no image of "
+            f"{names[int(counts.argmin())]}; prepare it with some, or set "
+            "config.train.select_metric=accuracy"
+        )
 
 
 def _on_the_grid(config, network) -> Iterator[str]:

@@ -10,6 +10,7 @@ import pytest
 from absl import logging as absl_logging
 from small import small
 
+from cxai_jax import disk
 from cxai_jax.data import novelty
 from cxai_jax.scoring import evaluate
 from cxai_jax.training import loop
@@ -303,7 +304,11 @@ def test_best_on_validation_is_selected_without_the_test_split(tmp_path):
         ({"optim.schedule": "step"}, ["config.optim.schedule", "multistep"]),
         ({"data.image_size": 64}, ["config.data.image_size=64", "config.data.resize"]),
         (
-            {"train.selection": "best_val", "data.fit": "train+val"},
+            {
+                "train.selection": "best_val",
+                "train.eval_every_epochs": 1.0,
+                "data.fit": "train+val",
+            },
             ["best_val", "train+val"],
         ),
     ],
@@ -314,6 +319,17 @@ def test_errors_name_the_field_and_the_remedy(tmp_path, changes, words):
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_period_is_a_step_at_least_and_0_is_never():
+    assert [loop.steps_of(e, 3) for e in (0.0, 0.01, 0.33, 1.0, 2.5)] == [0, 1, 1, 3, 8]
+
+
+def test_a_workdir_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as error:
+        loop.train(config_of(), tmp_path / "file")
+    assert "a file where a folder is needed; choose" in disk.explain(error.value)
 
 
 def test_a_workdir_of_another_config_is_refused(finished):

@@ -47,6 +47,22 @@ def test_every_config_of_the_project_passes():
             validate.check_config(digits.get_config(f"{row},{target}"))
 
 
+@pytest.mark.parametrize(
+    "field,words",
+    [
+        ("train.epoch", "is not a field; known: config.train.epochs, "),
+        ("sead", "is not a field; known: config.seed, "),
+        ("odd.name", "is not a field; known: "),
+    ],
+)
+def test_a_field_that_no_rule_knows_is_refused(field, words):
+    tree = small().to_dict()
+    group, _, name = field.rpartition(".")
+    (tree.setdefault(group, {}) if group else tree)[name] = 3
+    message = refused(validate.check_config, ConfigDict(tree))
+    assert message.startswith(f"config.{field} {words}")
+
+
 @pytest.mark.parametrize("field", fields.RULES)
 def test_another_type_is_refused_in_every_field(field):
     default = flatten(common.get_config().to_dict())[field]
@@ -136,6 +152,10 @@ def test_a_value_that_cannot_be_is_refused(field, value, words):
             {"align.weight": 1.0, "align.input_grad_fraction": 1 / 3},
             ["config.align.input_grad_fraction=0.33", "one image in 3"],
         ),
+        (
+            {"train.selection": "best_val", "train.eval_every_epochs": 0.0},
+            ["config.train.selection=best_val", "eval_every_epochs is 0", "such as to"],
+        ),
         ({"tta.patch": 5}, ["config.tta.patch=5", "image_size=32", "for example 4"]),
         ({"tta.patch": 8, "tta.k": 17}, ["config.tta.k=17", "16 cells"]),
     ],
@@ -192,6 +212,25 @@ def test_what_the_network_and_the_data_cannot_do_is_refused(opened, changes, wor
     message = refused(validate.check_run, opened(**changes))
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("selecting", [{"selection": "best_val"}, {"patience": 2}])
+def test_a_score_needs_every_class_on_validation(opened, selecting):
+    changes = {f"train.{name}": value for name, value in selecting.items()}
+    run = opened(**changes, **{"train.select_metric": "auc"})
+    validate.check_run(run)
+    whole = run.dataset.splits["val"]
+    one = whole.subset(whole.labels == 1)
+    lacking = dataclasses.replace(
+        run.dataset, splits={**run.dataset.splits, "val": one}
+    )
+    run = dataclasses.replace(run, sources={"": lacking})
+    message = refused(validate.check_run, run)
+    name = run.dataset.class_names[0]
+    for word in ("select_metric=auc needs every class", f"no image of {name}; "):
+        assert word in message
+    run.config.train.select_metric = "accuracy"
+    validate.check_run(run)
 
 
 def test_what_the_devices_and_the_images_cannot_do_is_refused(opened):
