@@ -33,6 +33,8 @@ WEIGHTS, ABOUT, MANIFEST = "model.safetensors", "model.json", "manifest.json"
 KNOWN = (novelty.FILE, novelty.FEATURES)  # What tells a foreign image.
 FILES = (WEIGHTS, "config.json", ABOUT, *KNOWN, "README.md")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Fields that may name a file or folder of this machine.
+LOCAL = (("model", "pretrained"), ("data", "photographs"), ("adapt", "perceptual"))
 KEPT = (
     "data",
     "tested",
@@ -58,18 +60,22 @@ def write(workdir: Path, folder: Path) -> dict[str, str]:
 
     Raises:
       ValueError: if the folder holds files, or as `predictor.load`.
+      DiskError: if it cannot be written.
       ImportError: without safetensors.
     """
     from safetensors.numpy import save_file  # Optional, as for pretrained weights.
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already; choose a new --bundle folder")
+    disk.check(disk.nearest(folder))
     trained = load(workdir)
     novelty.load(workdir)  # Raises where it is missing or of an earlier version.
     novelty.load_features(workdir)
     results = trained.results
     config = json.loads(trained.config.to_json())
     config["data"]["data_dir"] = "data"  # A place on this machine is nobody's matter.
+    for group, field in LOCAL:
+        config[group][field] = without_folder(config[group][field])
     about = {key: results[key] for key in KEPT if key in results}
     if about.get("pretrained", {}).get("source"):
         about["pretrained"]["source"] = Path(about["pretrained"]["source"]).name
@@ -86,6 +92,12 @@ def write(workdir: Path, folder: Path) -> dict[str, str]:
     manifest = {name: digest(folder / name) for name in FILES}
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def without_folder(name: str) -> str:
+    """The last part of an absolute path; any other name, such as a hub id, as it is."""
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() else name
 
 
 def read(folder: Path) -> Trained:

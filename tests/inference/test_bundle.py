@@ -24,6 +24,11 @@ def made(tmp_path_factory):
     """(workdir, bundle folder) of an untrained run with scores."""
     root = tmp_path_factory.mktemp("bundle")
     make_run(root / "run")
+    config = json.loads((root / "run" / "config.json").read_text())
+    config["model"]["pretrained"] = "/home/me/w.npz"
+    config["data"]["photographs"] = "/home/me/photographs"
+    config["adapt"]["perceptual"] = "~/home/me/vgg.npz"
+    (root / "run" / "config.json").write_text(json.dumps(config))
     file = root / "run" / "results.json"
     results = json.loads(file.read_text())
     results["data"] |= {"name": "phantom", "split_scheme": "patient-disjoint"}
@@ -56,6 +61,15 @@ def test_a_bundle_is_the_model_of_its_run(made):
     names = {file.name for file in made[1].iterdir()}
     assert names == {*bundle.FILES, bundle.MANIFEST}
     assert not any(b"/home/me" in f.read_bytes() for f in made[1].iterdir())
+    config = read_config(made[1])
+    assert config.model.pretrained == "w.npz"
+    assert config.data.photographs == "photographs"
+    assert config.adapt.perceptual == "vgg.npz"
+
+
+@pytest.mark.parametrize("name", ["", "lite0-imagenet", "owner/name", "w.npz"])
+def test_what_is_no_place_of_this_machine_stays(name):
+    assert bundle.without_folder(name) == name
 
 
 def test_the_card_says_what_was_measured(made):
