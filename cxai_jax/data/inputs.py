@@ -41,6 +41,7 @@ class Slice(NamedTuple):
 
     name: str  # `printable` file, with "#3" appended for the third frame.
     gray: np.ndarray  # uint8 [H, W, 1]
+    pixels: np.ndarray  # The same, or uint8 [H, W, 3] where colour was asked for.
     patient: str  # "" where unknown.
     notes: list[str]  # What a reader should know of how it was opened.
 
@@ -125,7 +126,11 @@ def _files_in(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
 
 
 def open_slices(
-    path: Path, *, window: tuple[float, float] | None = None, patient: str = ""
+    path: Path,
+    *,
+    window: tuple[float, float] | None = None,
+    patient: str = "",
+    channels: int = 1,
 ) -> list[Slice]:
     """The slices of one file.
 
@@ -133,16 +138,19 @@ def open_slices(
       path: an image or DICOM file.
       window: centre and width for DICOM instead of the file's own.
       patient: id to use instead of the DICOM file's.
+      channels: of the data that were trained on: 1 gray, 3 colour.
 
     Raises:
-      ValueError: if it cannot be read, or is a volume or a colour photograph.
+      ValueError: if it cannot be read, or is a volume or, for gray data, a colour
+        photograph.
     """
     name = printable(path)
     if name.lower().endswith(VOLUMES):
         raise ValueError(f"{name}: a volume; save its slices as PNG or DICOM files")
     with reading.opened(path, transforms.memory) as data:
         frames = transforms.decode_frames(data, name, window)
-        if any(coloured_share(frame) > PHOTOGRAPH for frame in frames):
+        coloured = any(coloured_share(frame) > PHOTOGRAPH for frame in frames)
+        if coloured and channels == 1:
             raise ValueError(
                 f"{name}: a colour picture, not a scan; convert it to gray if it is one"
             )
@@ -151,15 +159,13 @@ def open_slices(
         single = len(frames) == 1
         notes = ["first frame of several"] if transforms.is_animated(data) else []
         notes += odd
-        return [
-            Slice(
-                name if single else f"{name}#{i}",
-                transforms.to_gray(frame),
-                patient,
-                notes,
-            )
-            for i, frame in enumerate(frames, 1)
-        ]
+        slices = []
+        for i, frame in enumerate(frames, 1):
+            gray = transforms.to_gray(frame)
+            pixels = transforms.to_colour(frame) if channels == 3 else gray
+            shown = name if single else f"{name}#{i}"
+            slices.append(Slice(shown, gray, pixels, patient, notes))
+        return slices
 
 
 def coloured_share(frame: np.ndarray) -> float:

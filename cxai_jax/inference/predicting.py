@@ -17,7 +17,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from cxai_jax import disk, host, progress, signals
+from cxai_jax import data, disk, host, progress, signals
 from cxai_jax.data import inputs, novelty, pipeline, reading, transforms
 from cxai_jax.data.privacy import pseudonym
 from cxai_jax.inference import bundle
@@ -61,6 +61,11 @@ def run(given: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
     logging.getLogger("pydicom").addHandler(logging.NullHandler())
     logging.getLogger("pydicom").propagate = False
     warnings.filterwarnings("ignore", module="pydicom")
+    if not (place := disk.nearest(given.out)).is_dir():
+        refuse(
+            f"--out={given.out}: there is a file where a folder is needed, {place}; "
+            "choose another --out"
+        )
     done = given.out / "predictions.csv"
     if given.workdir and given.workdir.is_dir():
         cache = given.workdir.absolute() / "xla_cache"
@@ -97,6 +102,7 @@ def run(given: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
             programs = given.workdir and given.workdir / "executables"
             predictor = Predictor(model, make_mesh(), programs)
             draw = make_maps(model, given.map, predictor.batch_size)
+            spec = data.spec_of(model.config.data.name)
         except ValueError as error:
             refuse(str(error))
     if sites:
@@ -124,7 +130,7 @@ def run(given: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
     write_json(given.out / "about.json", about)
     with signals.StopSignal():  # Until the page is written as well.
         rows, signal, counts = predict(
-            answer, predictor, draw, known, found, errors, rows, given, sites
+            answer, predictor, draw, known, found, errors, rows, given, sites, spec
         )
         about["ignored files"] = found.ignored
         about["rows of patients.csv that name no image"] = found.unmatched
@@ -166,9 +172,11 @@ def tally(found: inputs.Found, predicted: int, failed: int) -> dict[str, int]:
 
 
 def predict(
-    answer, predictor, draw, known, found, errors, rows, given, sites
+    answer, predictor, draw, known, found, errors, rows, given, sites, spec
 ) -> tuple[list[dict], int, dict[str, int]]:
     """Predicts the files that have no row yet, as of `sites`; adds to `errors`.
+
+    Every file is prepared as `spec`, of the run's data set, stores its images.
 
     Returns:
       All rows, the signal that stopped it or 0, and the counts of `tally`.
@@ -187,10 +195,12 @@ def predict(
                 one.name,
                 one.patient if given.keep_ids else pseudonym(one.patient, salt),
                 one.notes + novelty.flags(one.gray, known, size),
-                network_input(transforms.as_stored(one.gray)),
+                network_input(transforms.as_stored(one.pixels, spec.side)),
                 pictures.shrink(one.gray[..., 0], OVERLAY_HEIGHT),
             )
-            for one in inputs.open_slices(path, window=given.window, patient=patient)
+            for one in inputs.open_slices(
+                path, window=given.window, patient=patient, channels=spec.channels
+            )
             if one.name not in done
         ]
 

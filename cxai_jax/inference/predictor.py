@@ -263,7 +263,7 @@ class Predictor:
             self._forward = jit(make_vote_forward(trained.model))
 
     def __call__(self, images: np.ndarray, site: np.ndarray | None = None) -> Predicted:
-        """Predicts uint8 [B, S, S, 1] of at most `batch_size` images.
+        """Predicts uint8 [B, S, S, C] of at most `batch_size` images, C = 1 or 3.
 
         `site`, int32 [B], is needed for a network with parts of each site.
         """

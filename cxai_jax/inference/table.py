@@ -36,7 +36,7 @@ class Prepared(NamedTuple):
     name: str
     patient: str
     flags: list[str]
-    input: np.ndarray  # uint8 [S, S, 1]
+    input: np.ndarray  # uint8 [S, S, C]
     shown: np.ndarray  # uint8 [H, W], at most OVERLAY_HEIGHT high
 
 

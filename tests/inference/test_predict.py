@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,43 @@ def test_a_file_scores_the_same_in_a_data_set_and_alone(run, tmp_path, monkeypat
             assert float(row["probability"]) == pytest.approx(probability, abs=2e-6)
             scored += 1
     assert scored == len(fed) == 8
+
+
+def test_a_file_is_prepared_as_data_of_their_own_size_are(run, tmp_path, monkeypatch):
+    """Digits are stored as they are and in colour: a file is then, too."""
+    workdir = tmp_path / "run"
+    shutil.copytree(run[0], workdir)
+    written = json.loads((workdir / "config.json").read_text())
+    written["data"]["name"] = "mnist"
+    (workdir / "config.json").write_text(json.dumps(written))
+    random, fed, call = np.random.default_rng(5), [], predictor.Predictor.__call__
+    stored = [random.integers(0, 255, (28, 28), np.uint8)]
+    stored.append(random.integers(0, 255, (40, 40, 3), np.uint8))
+    for name, image in zip("ab", stored, strict=True):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+
+    def recorded(self, images):
+        fed.extend(images)
+        return call(self, images)
+
+    monkeypatch.setattr(predictor.Predictor, "__call__", recorded)
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    out = tmp_path / "out"
+    assert command((workdir,), out, "--map=occlusion", "--images", *files) == 0
+    fit = pipeline.fit_for_scoring(run[1])
+    stored[0] = np.repeat(stored[0][..., None], 3, axis=2)
+    for image, expected in zip(fed, stored, strict=True):
+        np.testing.assert_array_equal(image, fit(expected))
+
+
+def test_an_output_that_is_a_file_is_refused(run, scans, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(SystemExit) as stopped:
+            command(run, out, "--images", scans)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert f"--out={out}: there is a file where a folder is needed" in error
 
 
 def test_an_image_without_finite_probabilities_is_an_error(
