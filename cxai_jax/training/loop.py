@@ -161,7 +161,7 @@ def loop(run: Run, plan: Plan, writer, advance, state, step: int, residency: str
                 here, keeps = (step, time.monotonic()), writer if due["log"] else None
                 log(run, plan, keeps, show, pending, told, here)
                 told, pending = here, [] if due["log"] else pending
-            if due["score"] and periods["score"]:
+            if due["score"] and (periods["score"] or config.selection == "best_val"):
                 score_curve(run, plan.method, writer, state, step)
                 if not last and selection.stopped(run.config, run.curve):
                     last = due["save"] = True

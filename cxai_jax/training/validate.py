@@ -112,11 +112,6 @@ def _together(config) -> Iterator[str]:
             f"config.train.patience={config.train.patience} counts evaluations, and "
             "config.train.eval_every_epochs is 0: set it, such as to 1"
         )
-    if config.train.selection == "best_val" and not config.train.eval_every_epochs:
-        yield (
-            "config.train.selection=best_val compares evaluations, and config.train."
-            "eval_every_epochs is 0, one at the end alone: set it, such as to 1"
-        )
     every = parts_of(config.align.input_grad_fraction)
     if _aligns(config) and batch // accumulate % every:
         yield (

@@ -304,11 +304,7 @@ def test_best_on_validation_is_selected_without_the_test_split(tmp_path):
         ({"optim.schedule": "step"}, ["config.optim.schedule", "multistep"]),
         ({"data.image_size": 64}, ["config.data.image_size=64", "config.data.resize"]),
         (
-            {
-                "train.selection": "best_val",
-                "train.eval_every_epochs": 1.0,
-                "data.fit": "train+val",
-            },
+            {"train.selection": "best_val", "data.fit": "train+val"},
             ["best_val", "train+val"],
         ),
     ],

@@ -152,10 +152,6 @@ def test_a_value_that_cannot_be_is_refused(field, value, words):
             {"align.weight": 1.0, "align.input_grad_fraction": 1 / 3},
             ["config.align.input_grad_fraction=0.33", "one image in 3"],
         ),
-        (
-            {"train.selection": "best_val", "train.eval_every_epochs": 0.0},
-            ["config.train.selection=best_val", "eval_every_epochs is 0", "such as to"],
-        ),
         ({"tta.patch": 5}, ["config.tta.patch=5", "image_size=32", "for example 4"]),
         ({"tta.patch": 8, "tta.k": 17}, ["config.tta.k=17", "16 cells"]),
     ],
