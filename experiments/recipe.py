@@ -2,6 +2,8 @@
 
 python -m experiments.recipe --data_dir=data --budget_minutes=60
 python -m experiments.recipe --data_dir=data --official --start=baseline,lite0,short
+python -m experiments.recipe --data_dir=data --official --start=cpe,lite0,short \
+    --name=cpe_112 --size=112 --factors recipe "CPE at 0.01" "raw CPE, clipped"
 
 Lite0 with ImageNet weights on site B. Every run is scored on validation images
 (config.data.test=val); test images are neither trained on nor scored. The folds divide
@@ -22,6 +24,7 @@ from experiments import compare, paired
 RESULTS = Path(__file__).parent / "results" / "recipe"
 START = "full,lite0,short"
 ADAMW = ("optim.name=adamw", "optim.lr_trunk=0.0001", "optim.lr_fresh=0.001")
+RAW = ("cpe.normalize=False", "optim.clip_norm=1")  # Eq. 1 as it is written.
 MOVED = ("augment.intensity=0.2", "augment.rotate=10")
 FACTORS = {  # Name -> the fields that only it changes.
     "recipe": (),
@@ -40,6 +43,12 @@ FACTORS = {  # Name -> the fields that only it changes.
     "half of the batches mixed": ("mix.prob=0.5",),
     "CPE grows over a third": ("cpe.ramp=0.33",),
     "CPE at 0.1": ("cpe.weight=0.1",),
+    "CPE at 0.01": ("cpe.weight=0.01",),
+    "CPE, temperature 0.5": ("cpe.temperature=0.5",),
+    "CPE, temperature 0.1": ("cpe.temperature=0.1",),
+    "raw CPE, clipped": RAW,
+    "raw CPE, clipped, at 0.01": (*RAW, "cpe.weight=0.01"),
+    "raw CPE, clipped, sqrt(D)": (*RAW, "cpe.sqrt_d=True"),
     "smoothed labels": ("train.label_smoothing=0.1",),
     "intensity and rotation": MOVED,
     "larger images": (),  # By a third; see `plan`.
@@ -58,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--factors", nargs="+", default=list(FACTORS))
     parser.add_argument("--start", default=START, help="rows that factors change")
     parser.add_argument("--official", action="store_true", help="no folds")
+    parser.add_argument("--name", help="of folder and table, for another --start")
     parser.add_argument("--size", type=int, default=96, help="pixels")
     parser.add_argument("--seeds", default="0", help="with commas between")
     parser.add_argument("--folds", type=int, default=5)
@@ -66,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="say what is finished")
     options = parser.parse_args(arguments)
     name = f"official_{options.size}" if options.official else str(options.size)
+    name = options.name or name
     folder = RESULTS / name
     try:
         jobs = plan(
