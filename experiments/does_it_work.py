@@ -67,9 +67,7 @@ PROFILES = {
             "site_a": ("train.epochs=3", "train.eval_every_epochs=1"),
         },
     ),
-    "gpu": Profile(
-        size=224, words="lite0,short", fields={"site_b": LONG, "site_a": LONG}
-    ),
+    "gpu": Profile(size=224, words="lite0,short", fields=dict.fromkeys(FILES, LONG)),
 }
 
 

@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="of the workdirs; default runs/recipe")
     parser.add_argument("--list", action="store_true", help="say what is finished")
     options = parser.parse_args(arguments)
-    name = f"official_{options.size}" if options.official else str(options.size)
-    name = options.name or name
+    usual = f"official_{options.size}" if options.official else str(options.size)
+    name = options.name or usual
     folder = RESULTS / name
     try:
         jobs = plan(
