@@ -1,10 +1,11 @@
-"""Freed host memory stays with the process, for XLA's CPU backend takes it anew.
+"""The process and its machine: memory, cores and what must be the same every time.
 
-Every execution of a program on CPU allocates its temporaries, 0.9 GB for a training
-step of a ResNet-50 at batch 8, and frees them at its end. By default glibc returns
-blocks of this size to the kernel, which clears every page again at the next step: 0.2
-million page faults, a twentieth of the step's time and a fifth of an
-EfficientNet-Lite0's (experiments/results/benchmark_cpu*_default_malloc.json).
+Freed host memory stays with the process, for XLA's CPU backend takes it anew. Every
+execution of a program on CPU allocates its temporaries, 0.9 GB for a training step of a
+ResNet-50 at batch 8, and frees them at its end. By default glibc returns blocks of this
+size to the kernel, which clears every page again at the next step: 0.2 million page
+faults, a twentieth of the step's time and a fifth of an EfficientNet-Lite0's
+(experiments/results/benchmark_cpu*_default_malloc.json).
 """
 
 import ctypes
@@ -26,6 +27,8 @@ DEFAULTS = {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 << 10}
 # up to four copies of a program's temporaries were seen in the heap.
 COPIES = 4
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+MOST = 8  # Devices that a CPU becomes.
+cores = 0  # How many it became by `one_device_a_core`.
 
 
 def keep_freed_memory() -> bool:
@@ -59,6 +62,30 @@ def limit(temporaries: int) -> bool:
         for setting in DEFAULTS.items():
             library.mallopt(*setting)
     return False
+
+
+def one_device_a_core() -> None:
+    """Makes a device of every core of a CPU, for mesh.py to score on side by side.
+
+    A forward pass has parts that keep one core busy; how much two devices of two cores
+    gain is "one device" in experiments/results/peer_infer_cpu.json. To be called before
+    the first device is used; where somebody else has said how many devices a CPU is, by
+    XLA_FLAGS or jax_num_cpu_devices, it stays so.
+    """
+    global cores
+    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if said or jax.config.jax_num_cpu_devices > 0:
+        return
+    if not xla_bridge.backends_are_initialized():
+        cores = min(usable_cores(), MOST)
+        jax.config.update("jax_num_cpu_devices", cores)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; JAX starts as many threads."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def be_deterministic() -> None:

@@ -10,6 +10,7 @@ page says why; 2: nothing was; 128 + n: stopped by signal n, --resume continues.
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -77,6 +78,8 @@ def window(text: str) -> tuple[float, float]:
 def command() -> int:
     """`main`, where a full disk or a signal outside the loop ends in one line."""
     signals.begin("before anything was predicted", CONTINUES)
+    # Its threads would wait for work by counting, on the cores that XLA needs.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(handlers=[progress.Log()])
     try:
         return main()

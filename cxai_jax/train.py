@@ -57,6 +57,8 @@ def main(_) -> None:
     from cxai_jax import host
 
     host.keep_freed_memory()
+    if not (DISTRIBUTED.value or COORDINATOR.value):
+        host.one_device_a_core()
     disk.quiet_callbacks()
     logging.basicConfig(level=logging.INFO, handlers=[progress.Log()])
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

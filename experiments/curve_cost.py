@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import demo
-from cxai_jax import models
+from cxai_jax import host, models
+from cxai_jax import mesh as meshes
 from cxai_jax.data import phantom
 from cxai_jax.data.augment import normalise
 from cxai_jax.maps import grid, quality
@@ -98,25 +99,30 @@ def ours(network, problem: Problem) -> dict[str, Callable]:
         logits = network.model.apply(variables, x, "eval")[0]
         return jax.nn.softmax(logits.astype(jnp.float32))
 
-    @jax.jit
+    mesh = meshes.scoring_mesh(len(problem.images))
+    given = problem.images, problem.maps, problem.labels
+    given = meshes.put_rows(given, mesh)
+    every = [meshes.put_rows(gray, mesh) for gray in batches(problem)]
+
     def both(variables, gray, maps, labels):
         of = functools.partial(probabilities, variables)
         whole = jnp.take_along_axis(of(gray), labels[:, None], 1)[:, 0]
         given = of, gray, maps, labels
         more = {"step": problem.step, "at_once": AT_ONCE, "whole": whole}
         removed = quality.deletion_curve(*given, fill=problem.fill, **more)
-        return jnp.stack([removed, quality.insertion_curve(*given, **more)])
+        return removed, quality.insertion_curve(*given, **more)
 
+    both = jax.jit(meshes.side_by_side(both, mesh))
     alone = jax.jit(probabilities)
-    variables = jax.device_put(network.variables)
+    variables = meshes.put_replicated(network.variables, mesh)
 
     def curves(calls):
         for _ in range(calls):
-            found = both(variables, problem.images, problem.maps, problem.labels)
+            found = both(variables, *given)
         return np.asarray(found)
 
     def forward(calls):
-        for gray in calls * batches(problem):
+        for gray in calls * every:
             found = alone(variables, gray)
         return np.asarray(found)
 
@@ -320,6 +326,8 @@ def main(arguments: list[str]) -> None:
         "--json", type=Path, default=Path("experiments/results/curve_cost_cpu.json")
     )
     given = parser.parse_args(arguments)
+    host.keep_freed_memory()
+    host.one_device_a_core()
     try:
         problem = make_problem(given.model, given.images, given.size)
         found = measure(given.model, problem, given.rounds)

@@ -73,6 +73,7 @@ def main(arguments: list[str]) -> int:
     if given.device != "auto":
         name = "cuda" if given.device == "gpu" else given.device
         jax.config.update("jax_platforms", name)
+    host.one_device_a_core()
     if given.malloc == "keep":
         host.keep_freed_memory()
     deadline = time.monotonic() + given.budget_s

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cxai_jax import mesh as meshes
 from cxai_jax.models import lowering
 from tools import benchmark_programs as programs
 from tools.benchmark_peer import NETWORKS, Peer, where
@@ -61,14 +62,23 @@ def measure_infer(session: Session, models: tuple[str, ...] = tuple(NETWORKS)) -
 
 
 def measure_forward(session: Session) -> None:
-    """The forward pass of the session's network against XLA's own and the peer's."""
+    """The forward pass of the session's network against XLA's own and the peer's.
+
+    On a CPU as scoring makes it, on devices of its cores (mesh.py); XLA's own on one.
+    """
     shape = {"batch": min(session.batches), "size": session.size}
-    ours = programs.inference_program(**shape, **session.fields)
+    on_cpu = jax.default_backend() == "cpu"
+    devices = meshes.scoring_mesh(shape["batch"]).size if on_cpu else 1
+    ours = programs.inference_program(**shape, devices=devices, **session.fields)
     naive = programs.inference_program(
         **shape, lowering="xla", **{**session.fields, "model.dtype": "float32"}
     )
     values = {"naive": naive.about["logits"]}
     contenders = [Contender(session.model, ours.run), Contender("naive", naive.run)]
+    if devices > 1:
+        alone = programs.inference_program(**shape, **session.fields)
+        values["one device"] = alone.about["logits"]
+        contenders.append(Contender("one device", alone.run))
     if session.peer:
         peer = inference_peer(session)
         values["torch"] = peer.about["logits"]
@@ -84,7 +94,7 @@ def measure_forward(session: Session) -> None:
         rounds,
         works=("infer_folded",),
         compare={name: name for name in values},
-    )
+    )["devices"] = devices
     if session.peer:
         peer.close()
 

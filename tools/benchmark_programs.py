@@ -264,7 +264,7 @@ def epoch_program(residency: str, *, batch: int, count: int, **fields) -> Progra
     images, labels = synthetic_images(count, config.data.resize)
     names = np.array([str(i) for i in range(count)])
     fit = Records(images, labels, np.zeros(count, np.int32), names, names)
-    mesh = meshes.make_mesh()
+    mesh = meshes.training_mesh()
     method, state = begin(config, mesh)
     rows = pipeline.row_stream(np.arange(count), batch, seed=0)
     streams = {name: Stream(fit, rows) for name in method.streams}
@@ -308,17 +308,18 @@ def peer_batches(batch: int, size: int, model: str) -> list:
 
 
 def inference_program(
-    *, batch: int, size: int = 224, lowering: str = "auto", **fields
+    *, batch: int, size: int = 224, lowering: str = "auto", devices: int = 1, **fields
 ) -> Program:
     """The forward pass to logits that scoring and voting use, norms folded.
 
     `about` holds the logits of the first batch. Arguments as in `step_program`.
     """
+    mesh = meshes.make_mesh(devices)
     config = make_config(**{"data.image_size": size, **fields})
     model, variables, _ = build(config, lowering)
-    variables = jax.device_put(variables)
+    variables = meshes.put_replicated(variables, mesh)
     batches = peer_batches(batch, size, config.model.name)
-    given = [jnp.asarray(images) for images, _ in batches]
+    given = [meshes.put_rows(images, mesh) for images, _ in batches]
     compiled, about = compile_timed(
         lambda variables, x: model.apply(variables, x, "eval")[0], variables, given[0]
     )

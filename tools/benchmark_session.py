@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cxai_jax import host
 from cxai_jax.models import lowering
 from tools import benchmark_timing as timing
 from tools import roofline
@@ -248,7 +249,7 @@ def describe(session: Session) -> dict:
         "schema": 1,
         "git": git,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "host": {"cpu": cpu_name(), "threads": usable_cores()},
+        "host": {"cpu": cpu_name(), "threads": host.usable_cores()},
         "device": {
             "kind": devices[0].device_kind,
             "count": len(devices),
@@ -263,13 +264,6 @@ def describe(session: Session) -> dict:
         "rows": session.rows,
         "skipped": session.skipped,
     }
-
-
-def usable_cores() -> int:
-    """Cores this process may run on; both JAX and PyTorch start that many threads."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def cpu_name() -> str:

@@ -136,8 +136,9 @@ def predict(number: int, workdir: Path, folder: Path) -> dict:
         images = np.stack([one.input for one in batch])
         outcome = predictor(images)
         maps = drawn(images, outcome, {})
-        for i, one in enumerate(batch):
-            table.row(one, outcome, i, maps[i], answer, folder, {})
+        foreign = novelty.foreign(outcome.pooled, features)
+        for i, (one, *of_it) in enumerate(zip(batch, maps, foreign, strict=True)):
+            table.row(one, outcome, i, *of_it, answer, folder, {})
         done += len(batch)
         if done // len(batch) % 50 == 0 or done >= number:
             samples.take(done)

@@ -25,7 +25,7 @@ from cxai_jax.inference import choices, predictor
 from cxai_jax.inference.decisions import make_rule
 from cxai_jax.inference.shown_maps import make_maps
 from cxai_jax.inference.table import OVERLAY_HEIGHT, Answer, Prepared, finish, row
-from cxai_jax.mesh import make_mesh
+from cxai_jax.mesh import scoring_mesh
 from cxai_jax.report import pictures
 from tools.benchmark_session import describe, make_session
 from tools.benchmark_timing import Load
@@ -87,13 +87,13 @@ def predict(voter: predictor.Predictor, batches) -> list[predictor.Predicted]:
 
 def make_rows(batches, outcomes, draw: Callable, answer: Answer, out: Path) -> list:
     """The rows of predicted batches; overlays as the answer says."""
-    return [
-        row(one, outcome, i, class_map, answer, out, {})
-        for batch, outcome in zip(batches, outcomes, strict=True)
-        for i, (one, class_map) in enumerate(
-            zip(batch, draw(None, outcome, {}), strict=True)
-        )
-    ]
+    made = []
+    for batch, outcome in zip(batches, outcomes, strict=True):
+        maps = draw(None, outcome, {})
+        foreign = novelty.foreign(outcome.pooled, answer.features)
+        for i, (one, *of_it) in enumerate(zip(batch, maps, foreign, strict=True)):
+            made.append(row(one, outcome, i, *of_it, answer, out, {}))
+    return made
 
 
 def stages(workdir: Path, files: list[Path], dicom: list[Path], out: Path) -> dict:
@@ -109,7 +109,7 @@ def stages(workdir: Path, files: list[Path], dicom: list[Path], out: Path) -> di
     batches = [slices[i : i + size] for i in range(0, len(slices), size)]
     for name, k, some in (("voting", 31, batches[:1]), ("network", 0, batches)):
         model.config.tta.k = min(k, model.config.tta.k)
-        voter = predictor.Predictor(model, make_mesh())
+        voter = predictor.Predictor(model, scoring_mesh(size))
         predict(voter, some[:1])  # Compiles.
         outcomes, found[name] = timed(sum(map(len, some)), predict, voter, some)
     draw = make_maps(model, choices.CAM, size)
@@ -177,6 +177,7 @@ def main(arguments: list[str]) -> None:
     )
     given = parser.parse_args(arguments)
     host.keep_freed_memory()
+    host.one_device_a_core()
     try:
         predictor.load(given.workdir)
         files = inputs.find([str(given.images)]).files

@@ -42,7 +42,7 @@ def scoring(run: Run) -> dict[str, dict]:
     config, records, found = run.config, run.test, {}
     size, batch_size = config.data.image_size, config.eval.batch_size
     canvas = (size, size, records.images[0].shape[-1])
-    given = pipeline.fit_for_scoring(config), canvas, batch_size, run.mesh
+    given = pipeline.fit_for_scoring(config), canvas, batch_size, run.evaluator.mesh
     variables = jax.device_put(run.network.variables)
 
     def read():

@@ -101,7 +101,7 @@ def score_external(config: ConfigDict, workdir: Path, on: str) -> tuple[Path, di
     config = scored_config(config, place)
     dataset = open_dataset(config, trained, on)
     records = records_of({place.dataset: dataset}, config.data.test, "--on")
-    mesh = meshes.make_mesh()
+    mesh = meshes.scoring_mesh(config.eval.batch_size)
     evaluator = evaluate.Evaluator(trained.model, trained.scale, config, mesh)
     variables = meshes.put_replicated(trained.variables, mesh)
     predictions = evaluator.predict(variables, records)

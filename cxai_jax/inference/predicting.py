@@ -34,7 +34,7 @@ from cxai_jax.inference.table import (
     read,
     row,
 )
-from cxai_jax.mesh import make_mesh
+from cxai_jax.mesh import scoring_mesh
 from cxai_jax.report import pictures
 from cxai_jax.report.prediction_page import tally_sentence
 from cxai_jax.writer import read_json, write_json
@@ -53,6 +53,7 @@ def run(given: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
       refuse: ends the command, which was given something that cannot be, in one line.
     """
     host.keep_freed_memory()
+    host.one_device_a_core()
     disk.quiet_callbacks()
     logging.getLogger("jax").setLevel(logging.WARNING)
     for noisy in ("absl", "orbax"):  # What orbax logs as an error it raises as well.
@@ -100,7 +101,8 @@ def run(given: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
             rule = make_rule(model.results, given.operating_point)
             answer = Answer(model, given.map, rule, features, given.overlays)
             programs = given.workdir and given.workdir / "executables"
-            predictor = Predictor(model, make_mesh(), programs)
+            mesh = scoring_mesh(model.config.eval.batch_size)
+            predictor = Predictor(model, mesh, programs)
             draw = make_maps(model, given.map, predictor.batch_size)
             spec = data.spec_of(model.config.data.name)
         except ValueError as error:
@@ -240,16 +242,18 @@ def predict(
                         outcome = predictor(images)
                     maps = draw(images, outcome, sites)
                 finite = np.isfinite(outcome.probs).all(1)
+                unlike = novelty.foreign(outcome.pooled[finite], answer.features)
                 bad = [batch[i].name for i in np.flatnonzero(~finite)]
                 errors += [(name, NOT_FINITE) for name in bad]
                 lost.update(bad)
                 by_site = {name: answers[name] for name in shown(sites)}
+                told = answer, out, by_site
                 drawing.append(
                     [
-                        pool.submit(
-                            row, batch[i], outcome, i, maps[i], answer, out, by_site
+                        pool.submit(row, batch[i], outcome, i, maps[i], foreign, *told)
+                        for i, foreign in zip(
+                            np.flatnonzero(finite), unlike, strict=True
                         )
-                        for i in np.flatnonzero(finite)
                     ]
                 )
                 keep(1)  # The other is drawn while the next batch is predicted.

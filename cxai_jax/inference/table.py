@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from cxai_jax import disk
-from cxai_jax.data import novelty, tables
+from cxai_jax.data import tables
 from cxai_jax.inference import choices, decisions, shown_maps
 from cxai_jax.inference.predictor import Predicted, Trained
 from cxai_jax.report import page, pictures
@@ -148,6 +148,7 @@ def row(
     found: Predicted,
     i: int,
     class_map: np.ndarray,
+    foreign: str,
     answer: Answer,
     out: Path,
     by_site: Mapping[str, Predicted],
@@ -159,6 +160,7 @@ def row(
       found: of its batch.
       i: its place there.
       class_map: what is drawn over it, [h, w] in the unit of shown_maps.
+      foreign: what `novelty.foreign` says of it.
       answer: how the run answers.
       out: the folder.
       by_site: the answers that have columns of their own.
@@ -167,7 +169,6 @@ def row(
     outside = pictures.share_outside(
         class_map, pictures.body(one.shown), model.map_scale
     )
-    (foreign,) = novelty.foreign(found.pooled[i : i + 1], answer.features)
     doubts = [foreign, *one.flags, page.looks_outside(outside, "the body")]
     flags, overlay = "; ".join(filter(None, doubts)), ""
     if answer.overlays == "all" or (answer.overlays == "flagged" and flags):

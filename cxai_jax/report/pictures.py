@@ -7,8 +7,10 @@ lightness rises steadily for every kind of colour vision.
 """
 
 import functools
-import io
+import os
+import tempfile
 from collections.abc import Callable, Sequence
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -203,14 +205,15 @@ def panel(gray: np.ndarray, overlaid: np.ndarray, legend: str) -> Image.Image:
     drawn = Image.new("RGB", (2 * width + GAP, height + STRIP))
     drawn.paste(Image.fromarray(gray.reshape(height, width)).convert("RGB"), (0, 0))
     drawn.paste(Image.fromarray(overlaid), (width + GAP, 0))
-    drawn.paste(_strip(drawn.width, legend), (0, height))
+    drawn.paste(_strip(min(80, drawn.width // 3), legend), (0, height))
     return drawn
 
 
 @functools.lru_cache
-def _strip(across: int, legend: str) -> Image.Image:
-    """The colour bar from 0 to its legend, 16 rows."""
-    strip, width = Image.new("RGB", (across, STRIP)), min(80, across // 3)
+def _strip(width: int, legend: str) -> Image.Image:
+    """The colour bar of `width` pixels from 0 to its legend, 16 rows."""
+    text = round(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(legend))
+    strip = Image.new("RGB", (width + 16 + text, STRIP))
     bar = np.broadcast_to(colours(np.linspace(0, 1, width)), (STRIP - 6, width, 3))
     strip.paste(Image.fromarray(bar.astype(np.uint8)), (12, 3))
     draw = ImageDraw.Draw(strip)
@@ -258,12 +261,23 @@ def shrink(image: np.ndarray, height: int) -> np.ndarray:
 
 def encode(image: np.ndarray | Image.Image, kind: str, *, quality: int = 80) -> bytes:
     """The "PNG" or "JPEG" file of a picture, or of uint8 [H, W] or [H, W, 3]."""
-    buffer = io.BytesIO()
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     options = {"quality": quality} if kind == "JPEG" else {"compress_level": 1}
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+    with _scratch() as file:
+        image.save(file, kind, **options)
+        file.seek(0)
+        return file.read()
+
+
+def _scratch() -> IO[bytes]:
+    """A file of no name: into one Pillow encodes while other threads run.
+
+    Into a BytesIO it encodes under Python's lock.
+    """
+    if hasattr(os, "memfd_create"):  # Linux
+        return os.fdopen(os.memfd_create("picture"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def row(

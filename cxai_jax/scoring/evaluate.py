@@ -53,7 +53,7 @@ class Evaluator:
         """Predictions of a split as NumPy arrays, one row per image, in order.
 
         Args:
-          variables: params and batch_stats.
+          variables: params and batch_stats, on any devices.
           records: the split.
           votes: False runs only the images themselves, whatever `tta.k`.
           stoppable: a signal ends the process, as is right where nothing is lost that
@@ -69,6 +69,7 @@ class Evaluator:
         channels = records.images[0].shape[-1]
         canvas = (config.data.image_size, config.data.image_size, channels)
         run, parts, done = self._predict if votes else self._look, [], 0
+        variables = jax.device_put(variables, meshes.replicated(self.mesh))
         ends = signals.at_once("in scoring") if stoppable else nullcontext()
         with progress.stage("scoring", len(records)) as show, ends:
             for batch, rows in pipeline.scoring_batches(

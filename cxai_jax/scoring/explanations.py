@@ -6,6 +6,7 @@ batch statistics. Agreement of the three is the chest X-ray paper's aim (Purwita
 Qomariyah 2021); entropy, empty maps and the held-out map say whether it means anything.
 """
 
+import functools
 from itertools import combinations
 from pathlib import Path
 
@@ -116,11 +117,10 @@ def explain(
       names, patients str [N]; labels int32 [N], the true ones; and what
       `explain_batch` returns.
     """
-    variables = meshes.put_replicated(variables, mesh)
+    variables = jax.device_put(variables, meshes.replicated(mesh))
     # Every host needs the whole answer, so the outputs are replicated.
     step = jax.jit(
-        explain_batch,
-        static_argnames=("model", "scale"),
+        meshes.side_by_side(functools.partial(explain_batch, model, scale), mesh),
         out_shardings=meshes.replicated(mesh),
     )
     size = config.data.image_size
@@ -132,7 +132,7 @@ def explain(
         config.eval.batch_size,
         mesh,
     ):
-        found = jax.device_get(step(model, scale, variables, batch.images, batch.sites))
+        found = jax.device_get(step(variables, batch.images, batch.sites))
         parts.append({name: value[: len(rows)] for name, value in found.items()})
     return {
         "names": np.asarray(records.names, str),

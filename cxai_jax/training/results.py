@@ -184,7 +184,7 @@ def explain_some(run: Run, variables: PyTree) -> dict:
         run.network.model,
         run.network.scale,
         config,
-        run.mesh,
+        run.evaluator.mesh,
         variables,
         explained_records(run),
     )

@@ -183,7 +183,7 @@ def open_run(config, workdir: Path, *, write: bool = False) -> Run:
     """
     validate.check_config(config)
     started = time.monotonic()
-    mesh = meshes.make_mesh()
+    mesh = meshes.training_mesh()
     with progress.stage("reading data"):
         sources = load_sources(config)
     scored = sources[""]
@@ -198,7 +198,8 @@ def open_run(config, workdir: Path, *, write: bool = False) -> Run:
     network = build_network(
         config, len(scored.class_names), num_sites=len(scored.site_names)
     )
-    evaluator = evaluate.Evaluator(network.model, network.scale, config, mesh)
+    scoring_mesh = meshes.scoring_mesh(config.eval.batch_size)
+    evaluator = evaluate.Evaluator(network.model, network.scale, config, scoring_mesh)
     keep = config.train.keep_checkpoints if write else None
     checkpoints = Checkpoints(workdir, keep=keep)
     run = Run(
