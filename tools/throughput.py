@@ -1,4 +1,5 @@
-"""python -m tools.throughput --workdir=RUN --images=DIR [--dicom=200] [--json=FILE]
+"""OPENBLAS_NUM_THREADS=1 python -m tools.throughput --workdir=RUN --images=DIR
+[--dicom=200] [--json=FILE]
 
 Images per second of `cxai-predict`, stage by stage and as a whole. The stages run
 alone, one image or batch after the other: opening files (PNG files of DIR, and copies
@@ -6,6 +7,7 @@ of pydicom's CT_small), the network, all votes, rows with and without their over
 page. The whole command runs with every --overlays and --votes=0, over DIR and over the
 DICOM files; `network_share` is the seconds that the network needs alone over those of
 the command. CPU seconds stand beside the clock: others on the machine change them less.
+NumPy's own threads are off, as the command turns them off.
 """
 
 import argparse
@@ -106,9 +108,10 @@ def stages(workdir: Path, files: list[Path], dicom: list[Path], out: Path) -> di
             given = paths, known, model.config
             slices, found[name] = timed(len(paths), prepare, *given)
     size = model.config.eval.batch_size
+    cells = (model.config.data.image_size // model.config.tta.patch) ** 2
     batches = [slices[i : i + size] for i in range(0, len(slices), size)]
     for name, k, some in (("voting", 31, batches[:1]), ("network", 0, batches)):
-        model.config.tta.k = min(k, model.config.tta.k)
+        model.config.tta.k = min(k, cells)
         voter = predictor.Predictor(model, scoring_mesh(size))
         predict(voter, some[:1])  # Compiles.
         outcomes, found[name] = timed(sum(map(len, some)), predict, voter, some)
@@ -200,7 +203,9 @@ def main(arguments: list[str]) -> None:
         alone = stages(given.workdir, files, dicom, folder / "stages")
     with_share(found | alone, "network", list(found))
     result = describe(make_session())
-    result = {name: result[name] for name in ("git", "time", "host", "versions")}
+    result = {
+        name: result[name] for name in ("git", "time", "host", "device", "versions")
+    }
     about = json.loads((given.workdir / "config.json").read_text())
     result |= {"network": about["model"]["name"], "pixels": about["data"]["image_size"]}
     result |= {"stages, one thread": alone, "command": found}
