@@ -1,19 +1,15 @@
 """The cores of a CPU as devices that score side by side: how many, and the same values.
 
-Devices have to exist before JAX starts, so this file is also the program that a
-subprocess runs.
+This file is also the program that a subprocess runs.
 """
 
 import json
-import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-REPO = Path(__file__).parents[1]
+from as_program import report_of
 
 
 def report() -> dict:
@@ -43,21 +39,32 @@ def report() -> dict:
         for name, value in {**scored, **maps}.items():
             if value.dtype.kind == "f":
                 found.setdefault(name, []).append(value.tolist())
+    return found | drawn_maps()
+
+
+def drawn_maps() -> dict:
+    """What predict draws, on two devices and on one."""
+    from untrained_run import make_run
+
+    from cxai_jax import mesh as meshes
+    from cxai_jax.inference import predictor, shown_maps
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        make_run(Path(folder))
+        trained = predictor.load(Path(folder))
+    images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 1), np.uint8)
+    for kind in ("gradcam", "gradient", "occlusion"):
+        for mesh in (meshes.make_mesh(2), meshes.make_mesh(1)):
+            answer = predictor.Predictor(trained, mesh)
+            draw = shown_maps.make_maps(trained, kind, answer.batch_size, mesh)
+            maps = draw(images, answer(images), {})
+            found.setdefault(f"drawn {kind}", []).append(maps.tolist())
     return found
 
 
 def run_report(flags: str = "") -> dict:
-    path = f"{REPO}{os.pathsep}{REPO / 'tests'}"
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return report_of(__file__, flags=flags, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +80,7 @@ def test_training_takes_one_core_and_scoring_those_that_divide_the_batch(found):
 
 def test_several_cores_answer_what_one_does(found):
     names = {"probs", "class_maps", "pooled", "cam", "occlusion", "deletion"}
+    names |= {"drawn gradcam", "drawn gradient", "drawn occlusion"}
     assert names < found.keys()
     for name in found.keys() - {"devices", "training", "scoring"}:
         several, one = map(np.array, found[name])

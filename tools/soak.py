@@ -118,7 +118,7 @@ def predict(number: int, workdir: Path, folder: Path) -> dict:
     predictor = Predictor(model, make_mesh())
     features = novelty.load_features(workdir)
     answer = table.Answer(model, CAM, make_rule(model.results, ""), features)
-    drawn = make_maps(model, CAM, predictor.batch_size)
+    drawn = make_maps(model, CAM, predictor.batch_size, make_mesh())
     samples, done = Samples(number), 0
     while done < number:
         batch = []

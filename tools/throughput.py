@@ -111,11 +111,11 @@ def stages(workdir: Path, files: list[Path], dicom: list[Path], out: Path) -> di
     cells = (model.config.data.image_size // model.config.tta.patch) ** 2
     batches = [slices[i : i + size] for i in range(0, len(slices), size)]
     for name, k, some in (("voting", 31, batches[:1]), ("network", 0, batches)):
-        model.config.tta.k = min(k, cells)
+        model.config.tta.update(k=min(k, cells), early_exit=False)
         voter = predictor.Predictor(model, scoring_mesh(size))
         predict(voter, some[:1])  # Compiles.
         outcomes, found[name] = timed(sum(map(len, some)), predict, voter, some)
-    draw = make_maps(model, choices.CAM, size)
+    draw = make_maps(model, choices.CAM, size, scoring_mesh(size))
     rule, features = make_rule(model.results, ""), novelty.load_features(workdir)
     (out / "overlays").mkdir(parents=True)
     for name, overlays in (("row", "none"), ("row and overlay", "all")):

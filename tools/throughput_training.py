@@ -154,6 +154,7 @@ def main(arguments: list[str]) -> None:
     )
     given = parser.parse_args(arguments)
     host.keep_freed_memory()
+    host.one_device_a_core()
     try:
         config = make_config(given)
         with tempfile.TemporaryDirectory() as folder:

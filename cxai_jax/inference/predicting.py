@@ -103,7 +103,7 @@ def run(given: argparse.Namespace, refuse: Callable[[str], NoReturn]) -> int:
             programs = given.workdir and given.workdir / "executables"
             mesh = scoring_mesh(model.config.eval.batch_size)
             predictor = Predictor(model, mesh, programs)
-            draw = make_maps(model, given.map, predictor.batch_size)
+            draw = make_maps(model, given.map, predictor.batch_size, mesh)
             spec = data.spec_of(model.config.data.name)
         except ValueError as error:
             refuse(str(error))

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from cxai_jax import mesh as meshes
 from cxai_jax.data.augment import normalise
 from cxai_jax.inference.choices import CAM, MAPS
 from cxai_jax.inference.predictor import Predicted, Trained
@@ -23,11 +25,12 @@ FORMS = {"gradcam": "gradcam", "hirescam": "hires"}
 MULTIPLE = 8  # Of its mean is the highest colour of an input gradient.
 
 
-def make_maps(trained: Trained, kind: str, batch_size: int) -> Callable:
+def make_maps(trained: Trained, kind: str, batch_size: int, mesh: Mesh) -> Callable:
     """Builds `maps(images, found, sites) -> [B, h, w]`, of the label before voting.
 
     Images are uint8 [B, S, S, C] of at most `batch_size`, `found` what a Predictor
-    gave for them; `sites`, name -> index, averages over the maps as of each.
+    gave for them; `sites`, name -> index, averages over the maps as of each. Each
+    device of the mesh makes those of its share.
 
     Raises:
       ValueError: for an unknown map, or one that the network cannot give.
@@ -51,18 +54,19 @@ def make_maps(trained: Trained, kind: str, batch_size: int) -> Callable:
             f"run, {trained.config.model.name}, gives none; take one of "
             + ", ".join(name for name in MAPS if name not in FORMS)
         )
-    step = jax.jit(_step(trained, kind, seen.class_maps.shape[1], grid))
+    step = _step(trained, kind, seen.class_maps.shape[1], grid)
+    step = jax.jit(meshes.side_by_side(step, mesh))
+    variables = meshes.put_replicated(trained.variables, mesh)
 
     def maps(images: np.ndarray, found: Predicted, sites: Mapping[str, int]):
         number = len(images)
         filler = [(0, batch_size - number)] + [(0, 0)] * 3
         padded = np.pad(images, filler, mode="edge")
         labels = np.pad(found.before, filler[0], mode="edge").astype(np.int32)
-        answers = [
-            step(trained.variables, padded, labels, np.full(batch_size, s, np.int32))
-            for s in sites.values() or [0]
-        ]
-        signed = np.mean([np.asarray(one[:number]) for one in answers], axis=0)
+        given = meshes.put_rows((padded, labels), mesh)
+        every = [np.full(batch_size, s, np.int32) for s in sites.values() or [0]]
+        answers = [step(variables, *given, meshes.put_rows(s, mesh)) for s in every]
+        signed = np.mean([np.asarray(one)[:number] for one in answers], axis=0)
         if kind == "gradient":
             mean = np.maximum(signed.mean((1, 2), keepdims=True), 1e-30)
             return signed / mean * trained.map_scale / MULTIPLE

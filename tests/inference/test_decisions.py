@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from cxai_jax.inference import decisions, shown_maps
+from cxai_jax.mesh import make_mesh
 from cxai_jax.scoring import calibration
 
 NAMES = ["healthy", "sick"]
@@ -140,7 +141,7 @@ def test_a_map_that_the_network_cannot_give_is_named():
     trained = SimpleNamespace(config=config, model=network, variables={})
     for kind in ("gradcam", "hirescam"):
         with pytest.raises(ValueError) as told:
-            shown_maps.make_maps(trained, kind, 2)
+            shown_maps.make_maps(trained, kind, 2, make_mesh())
         assert str(told.value) == (
             f"--map={kind} needs the stage before the last, and the network of this "
             "run, lenet, gives none; take one of cam, gradient, occlusion"

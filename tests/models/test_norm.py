@@ -6,15 +6,12 @@ program that a subprocess runs; it prints one JSON object.
 
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from as_program import report_of
 from flax.traverse_util import flatten_dict
 
 from configs.common import get_config
@@ -23,7 +20,6 @@ from cxai_jax.maps import saliency
 from cxai_jax.models.norm import MOMENTUM, BatchNorm, ConvNorm, PerSiteBatchNorm
 from cxai_jax.types import Outputs
 
-REPO = Path(__file__).parents[2]
 # Three rows of site 0, one of site 1, two of site 2 and none of site 3, interleaved.
 SITE = np.array([0, 2, 0, 1, 2, 0], np.int32)
 SITES, CHANNELS = 4, 3
@@ -222,21 +218,8 @@ def sharded_report() -> dict:
 
 
 def test_statistics_are_those_of_the_whole_batch_over_eight_devices():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    flags = "--xla_force_host_platform_device_count=8"
+    found = report_of(__file__, flags=flags)
     assert found["devices"] == 8
     assert found["largest"] < 1e-5
     # Sums alone cross the devices, never rows.

@@ -5,15 +5,12 @@ subprocess runs; it prints one JSON object.
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from as_program import report_of
 from hlo import collectives
 
-REPO = Path(__file__).parents[2]
 SIZE, CANVAS, BATCH = 32, 40, 24
 FIELDS = {
     "model.name": "tiny",
@@ -56,23 +53,10 @@ def report(accumulate: int) -> dict:
 
 
 def run_report(accumulate: int) -> dict:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        # What is looked at is decided by the partitioner, not by the code generator.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, str(accumulate)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    flags = "--xla_force_host_platform_device_count=8"
+    # What is looked at is decided by the partitioner, not by the code generator.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return report_of(__file__, str(accumulate), flags=flags, **quick)
 
 
 @pytest.fixture(scope="module")
